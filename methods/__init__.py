@@ -1,0 +1,1 @@
+"""Methods fit artifacts from data and compile them into edits. One file per method, named after its paper."""

@@ -1,0 +1,88 @@
+"""Builds the FastAPI app (vLLM's OpenAI routes, ours, middleware) and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from server.api import artifacts, capabilities, errors, fits, health
+from server.api.middleware import JsonBodies
+from server.api.openai import SteeringHandler
+from server.api.steering import Steerer
+from server.demo import ensure_demo
+from server.engine import frontend
+from server.fit_jobs import FitJobs
+from server.models import ModelIdentity, model_identity, resolve_model
+from server.progress import Reporter
+from server.settings import Settings
+from steering_store import Store
+
+if TYPE_CHECKING:
+    from server.engine.client import Engine
+
+
+@dataclass(frozen=True)
+class Polyhelm:
+    """What our routes find at `app.state.polyhelm`."""
+
+    settings: Settings
+    model_name: str
+    engine: Engine
+    store: Store
+    steerer: Steerer
+    fits: FitJobs
+
+
+async def serve(settings: Settings, engine_args: Sequence[str], report: Reporter) -> None:
+    """Convert the model if needed, start and check the engine, fit the demo if asked for, and serve until told to."""
+    report.step(f"model {settings.model}")
+    model = resolve_model(settings.model, settings.data_dir, report.step)
+    identity = model_identity(model.path)
+    store = open_store(settings)
+    args = frontend.parse_args(model.path, model.name, settings.host, settings.port, settings.bank_slots, engine_args)
+    sock = frontend.open_socket(args)
+    report.step("starting vLLM and checking that every site steers")
+    async with frontend.open_engine(args) as engine:
+        if settings.demo:
+            await ensure_demo(engine, store, identity, report.progress)
+        polyhelm = assemble(settings, model.name, identity, engine, store)
+        app = extend(await frontend.build_vllm_app(engine, args), polyhelm)
+        polyhelm.fits.start()
+        report.step(f"serving {model.name} on http://{settings.host}:{settings.port}")
+        shutdown = await frontend.serve_app(app, sock, args)
+    await shutdown
+
+
+def open_store(settings: Settings) -> Store:
+    return Store(settings.data_dir / "artifacts", max_bytes=settings.max_artifact_bytes)
+
+
+def assemble(settings: Settings, name: str, identity: ModelIdentity, engine: Engine, store: Store) -> Polyhelm:
+    steerer = Steerer(
+        store=store,
+        identity=identity,
+        layers=engine.layers,
+        hidden_size=engine.hidden_size,
+        max_interventions=engine.max_edits,
+        max_strength=settings.max_strength,
+        model_match=settings.model_match,
+    )
+    jobs = FitJobs(settings.data_dir / "fits", engine, store, identity)
+    return Polyhelm(settings, name, engine, store, steerer, jobs)
+
+
+def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
+    """Add steering, our routes and our middleware to vLLM's app."""
+    state = app.state
+    state.polyhelm = polyhelm
+    wrap = (polyhelm.steerer, polyhelm.engine)
+    state.openai_serving_chat = SteeringHandler(state.openai_serving_chat, "create_chat_completion", *wrap)
+    state.openai_serving_completion = SteeringHandler(state.openai_serving_completion, "create_completion", *wrap)
+    for module in (artifacts, capabilities, fits, health):
+        app.include_router(module.router)
+    errors.install(app)
+    app.add_middleware(JsonBodies, max_bytes=polyhelm.settings.max_body_bytes)
+    return app

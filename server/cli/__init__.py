@@ -1,0 +1,27 @@
+"""The `polyhelm` command. One module per noun."""
+
+from __future__ import annotations
+
+import typer
+
+from server import __version__
+from server.cli import artifact, doctor, fit, serve
+
+app = typer.Typer(name="polyhelm", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(artifact.app, name="artifact")
+app.add_typer(fit.app, name="fit")
+app.command(**serve.CONTEXT)(serve.serve)
+app.command()(doctor.doctor)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Serve a language model in which every request chooses its own activation interventions."""

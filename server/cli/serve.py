@@ -1,0 +1,43 @@
+"""`polyhelm serve`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+CONTEXT: dict[str, Any] = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(envvar="POLYHELM_MODEL", help="Folder, hub id, or an embedded model.")
+    ] = "smollm2",
+    host: Annotated[str, typer.Option(envvar="POLYHELM_HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="POLYHELM_PORT", min=0, max=65535)] = 8000,
+    data_dir: Annotated[
+        Path, typer.Option(envvar="POLYHELM_DATA_DIR", help="The folder that holds artifacts/, models/ and fits/.")
+    ] = Path("polyhelm-data"),
+    demo: Annotated[
+        bool, typer.Option(envvar="POLYHELM_DEMO", help="Fit the demo artifacts if they are missing.")
+    ] = False,
+    bank_slots: Annotated[
+        int, typer.Option(envvar="POLYHELM_BANK_SLOTS", min=2, help="Steering vectors kept on the device at a time.")
+    ] = 128,
+) -> None:
+    """Serve a model. Every other option is vLLM's own and goes to it unchanged, such as --dtype or --max-model-len."""
+    from server.app import serve as serve_app
+    from server.engine.frontend import EngineStartError
+    from server.models import ModelError
+    from server.progress import Reporter
+    from server.settings import Settings
+
+    settings = Settings(model=model, host=host, port=port, data_dir=data_dir, demo=demo, bank_slots=bank_slots)
+    try:
+        asyncio.run(serve_app(settings, context.args, Reporter()))
+    except (ModelError, EngineStartError, OSError) as error:
+        typer.echo(f"polyhelm: {error}", err=True)
+        raise typer.Exit(1) from error

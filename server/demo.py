@@ -1,0 +1,71 @@
+"""The demo artifacts: fitted once from the samples in demo_data, on whatever model is served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from fastapi.concurrency import run_in_threadpool
+
+from server.fits import CaaOptions, Data, FitSpec, Pair, Progress, data_digest, run_fit
+from server.models import ModelIdentity
+from steering_store import Store
+from steering_store.errors import ArtifactNotFound
+
+if TYPE_CHECKING:
+    from server.engine.client import Engine
+
+
+def demo_specs() -> list[FitSpec]:
+    return [
+        FitSpec(
+            method="caa",
+            name="sentiment",
+            pairs=_pairs("sentiment.jsonl"),
+            options=CaaOptions(pooling="mean", default_strength=2.0),
+            description="Positive against negative film reviews: a positive strength makes the text more positive.",
+            data=Data(name="counterfactually augmented film reviews (Kaushik et al. 2020)", license="Apache-2.0"),
+            license="Apache-2.0",
+            languages=["en"],
+        ),
+        FitSpec(
+            method="caa",
+            name="french",
+            pairs=_pairs("french.jsonl"),
+            options=CaaOptions(pooling="mean", default_strength=1.0),
+            description="French against English: a positive strength makes the model write French.",
+            data=Data(name="Universal Declaration of Human Rights", license="public domain"),
+            license="Apache-2.0",
+            languages=["en", "fr"],
+        ),
+    ]
+
+
+def _pairs(name: str) -> list[Pair]:
+    text = resources.files("server").joinpath("demo_data", name).read_text("utf-8")
+    return [Pair(**json.loads(line)) for line in text.splitlines()]
+
+
+async def ensure_demo(
+    engine: Engine, store: Store, identity: ModelIdentity, progress_of: Callable[[str], Progress]
+) -> list[str]:
+    """Fit the demo artifacts that this model lacks and return their names. After an interruption, the next one."""
+    fitted = []
+    for spec in demo_specs():
+        if not await run_in_threadpool(_present, spec, store, identity):
+            await run_fit(spec, engine, store, identity, datetime.now(UTC), progress_of(spec.name))
+            fitted.append(spec.name)
+    return fitted
+
+
+def _present(spec: FitSpec, store: Store, identity: ModelIdentity) -> bool:
+    try:
+        latest = store.resolve(spec.name).manifest
+    except ArtifactNotFound:
+        return False
+    data = latest.provenance.data
+    made_here = latest.model.weights_digest == identity["weights_digest"]
+    return made_here and data is not None and data.sha256 == data_digest(spec.pairs)

@@ -1,0 +1,102 @@
+"""The start-up self-check: proves on the running engine that steering happens, and refuses to serve when it doesn't.
+
+The worst bug of this field is fluent, unsteered text under a steered label: a hook that never fires. So every installed
+site must move the output, the op must count exactly the tokens that it should, a forged program must be refused, and
+steered and unsteered requests must not share cache blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
+
+from server.engine.client import Counts, Engine, Vectors
+from server.engine.edits import Edit, Program
+from server.engine.seams import PROGRAM, SeamError
+
+KEY = "polyhelm-probe"
+STRENGTH = 2.0
+PROMPT_TOKENS = 3
+
+
+async def probe(engine: Engine) -> None:
+    """Raise SeamError, naming what failed. Sets `engine.prefix_cache`."""
+    vectors = np.random.default_rng(0).standard_normal((engine.layers, engine.hidden_size)).astype(np.float32)
+
+    async def load() -> Vectors:
+        return Vectors(list(range(engine.layers)), vectors)
+
+    async with engine.holding({KEY: load}):
+        await _check_sites(engine)
+        await _check_admission(engine)
+        await _check_prefix_cache(engine)
+
+
+def _program(*layers: int) -> Program:
+    return Program((Edit("add_norm", KEY, layers, STRENGTH),))
+
+
+def _greedy() -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=1, logprobs=0)
+
+
+def _first(output: RequestOutput) -> tuple[int, float | None]:
+    completion = output.outputs[0]
+    return completion.token_ids[0], completion.cumulative_logprob
+
+
+async def _check_sites(engine: Engine) -> None:
+    """One request per layer, all in one batch with an unsteered one."""
+    prompt = list(range(5, 5 + PROMPT_TOKENS))
+
+    async def steered(layer: int) -> tuple[tuple[int, float | None], Counts]:
+        receipt = f"{KEY}-{layer}"
+        output = await engine.generate(prompt, _greedy(), _program(layer), receipt)
+        return _first(output), await engine.receipt(receipt)
+
+    plain, *results = await asyncio.gather(
+        engine.generate(prompt, _greedy()), *(steered(layer) for layer in range(engine.layers))
+    )
+    for layer, (first, counts) in enumerate(results):
+        expected = Counts([[PROMPT_TOKENS if site == layer else 0 for site in range(engine.layers)]], [0])
+        if first == _first(plain):
+            raise SeamError(f"resid_post.{layer} is installed but steering it doesn't change the output")
+        if counts != expected:
+            raise SeamError(f"resid_post.{layer} counted {counts}, expected {expected}")
+
+
+async def _check_admission(engine: Engine) -> None:
+    params = _greedy()
+    params.extra_args = {PROGRAM: "forged"}
+    try:
+        await engine.generate([5], params)
+    except VLLMValidationError:
+        return
+    raise SeamError("a program that polyhelm didn't make was admitted")
+
+
+async def _check_prefix_cache(engine: Engine) -> None:
+    """Steered and unsteered requests with one prompt must not share blocks, and equal ones must."""
+    cache = engine.client.vllm_config.cache_config
+    if not cache.enable_prefix_caching:
+        engine.prefix_cache = "off"
+        return
+    block = cache.block_size
+    prompt = [5 + position % 50 for position in range(block + 1)]
+    if len(prompt) >= engine.max_model_len:
+        raise SeamError(f"--max-model-len must exceed the cache block size, {block} (or set a smaller --block-size)")
+    program = _program(0)
+    await engine.generate(prompt, _greedy())
+    cached = [(await engine.generate(prompt, _greedy(), each)).num_cached_tokens for each in (program, program, None)]
+    if cached == [0, block, block]:
+        engine.prefix_cache = "tagged"
+        return
+    salt = program.fingerprint
+    salted = [(await engine.generate(prompt, _greedy(), program, cache_salt=salt)).num_cached_tokens for _ in range(2)]
+    if salted != [0, block]:
+        raise SeamError(f"steered requests share cache blocks with others: cached {cached}, with salt {salted}")
+    engine.prefix_cache = "cache_salt"

@@ -1,0 +1,90 @@
+"""The SQLite database that says which versions exist. A version exists once its row is committed, and not before."""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from steering_store.errors import StoreBusy, StoreError, StoreFull
+
+BUSY_SECONDS = 30.0
+
+
+def m001_artifacts_and_versions(db: sqlite3.Connection) -> None:
+    """Names, and their versions. `last_version` only grows, so that a number is never given twice."""
+    db.execute(
+        "CREATE TABLE artifacts (name TEXT PRIMARY KEY, last_version INTEGER NOT NULL, created_at TEXT NOT NULL) STRICT"
+    )
+    db.execute(
+        """
+        CREATE TABLE versions (
+            name TEXT NOT NULL REFERENCES artifacts (name),
+            version INTEGER NOT NULL,
+            digest TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            manifest TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            PRIMARY KEY (name, version),
+            UNIQUE (name, digest)
+        ) STRICT
+        """
+    )
+
+
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (m001_artifacts_and_versions,)
+
+
+def migrate(path: Path) -> None:
+    """Create the database, or bring it up to date. Raises StoreError for one that a newer release has written."""
+    # Two processes that switch one new file to WAL at once get "database is locked" without any waiting.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with connect(path) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            current = db.execute("PRAGMA user_version").fetchone()[0]
+            if current > len(MIGRATIONS):
+                raise StoreError(f"{path.name} is of schema {current}, from a newer polyhelm; upgrade this one")
+            for number, migration in enumerate(MIGRATIONS[current:], start=current + 1):
+                with transaction(db):
+                    migration(db)
+                    db.execute(f"PRAGMA user_version = {number}")
+
+
+@contextmanager
+def connect(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the database for one operation. Raises StoreBusy, StoreFull or StoreError for SQLite's own errors."""
+    try:
+        # Autocommit: transactions are opened by name below, never implicitly.
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
+            db.row_factory = sqlite3.Row
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA foreign_keys = ON")
+            yield db
+    except sqlite3.Error as exc:
+        raise _named(exc, path) from exc
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Hold the write lock from the first statement on: commit at the end, roll back on any error."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _named(exc: sqlite3.Error, path: Path) -> StoreError:
+    # The low byte is the primary code; the others only say more about it. Errors of the Python module have none.
+    code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return StoreBusy(f"{path.name} was locked for {BUSY_SECONDS:.0f} s; try again")
+    if code == sqlite3.SQLITE_FULL:
+        return StoreFull("the store's disk is full; free some room and publish again")
+    return StoreError(f"{path.name}: {exc}; check the data directory, and restore it from a backup if it is damaged")

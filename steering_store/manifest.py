@@ -1,0 +1,181 @@
+"""The manifest of an artifact: what it holds, for which model, from where. Its digest is the artifact's identity.
+
+The manifest doesn't hold the artifact's name. Its canonical form leaves out fields that are null, so that a field added
+to this schema later, null by default, keeps the digests of manifests written before it. `provenance.created_at` is part
+of the identity: fit the same vector twice and it is two artifacts; publish one manifest twice and it is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import PydanticSerializationError, to_json
+
+from steering_store.errors import InvalidManifest, TooLarge
+from steering_store.manifest_rules import check_manifest
+from steering_store.reference import DIGEST_PATTERN
+
+SCHEMA_VERSION = 1
+MAX_MANIFEST_BYTES = 1 << 20
+
+Kind = Literal["steering_vector"]
+DType = Literal["F16", "BF16", "F32", "F64"]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST_PATTERN}$")]
+Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]
+PositiveNorm = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(_Part):
+    """The model that an artifact was fitted on, and must be served on."""
+
+    architecture: Text
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    weights_digest: Digest | None = None
+    tokenizer_digest: Digest | None = None
+    name: str | None = None
+
+
+class Site(_Part):
+    """A place in the model, and the tensor to use there. `dtype` is spelled as safetensors does."""
+
+    point: Literal["resid_post"]
+    layer: NonNegativeInt
+    file: Text
+    tensor: Text
+    shape: list[NonNegativeInt]
+    dtype: DType
+
+
+class FileEntry(_Part):
+    """One file of the artifact: bytes and SHA-256 (hex)."""
+
+    path: Text
+    size: NonNegativeInt
+    sha256: Hex64
+
+
+class DataSource(_Part):
+    """The data that an artifact was fitted from."""
+
+    name: Text
+    sha256: Hex64 | None = None
+    rows: NonNegativeInt | None = None
+    license: str | None = None
+
+
+class Provenance(_Part):
+    """How, from what and by whom an artifact was made. `parents` are digests of artifacts."""
+
+    method: Text
+    config: dict[str, JsonValue] = {}
+    data: DataSource | None = None
+    code_version: str | None = None
+    seed: int | None = None
+    created_at: AwareDatetime | None = None
+    created_by: str | None = None
+    parents: list[Digest] = []
+
+    @field_validator("config")
+    @classmethod
+    def _is_json(cls, config: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        json.dumps(config, allow_nan=False)
+        return config
+
+
+class Manifest(_Part):
+    """What an artifact is. Build one with `parse_manifest`, which also checks the fields against each other.
+
+    `strength_range` is (lowest, highest) sensible strength; `h_norm` is the mean L2 norm of the activation at each
+    layer, in the model's own units; `files` is filled in at publication.
+    """
+
+    schema_version: Literal[1]
+    kind: Kind
+    description: str = ""
+    model: ModelSpec
+    sites: Annotated[list[Site], Field(min_length=1)]
+    default_strength: FiniteFloat
+    strength_range: tuple[FiniteFloat, FiniteFloat] | None = None
+    default_layers: list[NonNegativeInt] | None = None
+    h_norm: dict[NonNegativeInt, PositiveNorm] = {}
+    languages: list[Language] = []
+    files: list[FileEntry] = []
+    provenance: Provenance
+    metrics: dict[str, FiniteFloat] = {}
+    license: str | None = None
+    annotations: dict[str, str] = {}
+
+
+def parse_manifest(source: Manifest | Mapping[str, object] | str | bytes) -> Manifest:
+    """Read and check a manifest given as JSON, as a mapping or as a model. Raises InvalidManifest or TooLarge."""
+    raw = _as_json(source)
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise TooLarge(
+            f"manifest: {len(raw)} bytes, and at most {MAX_MANIFEST_BYTES} are allowed; shorten its texts", "manifest"
+        )
+    try:
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as exc:
+        raise _refusal(exc) from None
+    check_manifest(manifest)
+    return manifest
+
+
+def canonical_json(manifest: Manifest) -> bytes:
+    """The bytes that the digest is taken of: UTF-8, sorted keys, no whitespace, no nulls for absent fields."""
+    content = manifest.model_dump(mode="json", exclude_none=True)
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(manifest: Manifest) -> str:
+    """`sha256:HEX64` of the canonical form."""
+    return digest_of(canonical_json(manifest))
+
+
+def digest_of(data: bytes) -> str:
+    """`sha256:HEX64` of some bytes."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _as_json(source: Manifest | Mapping[str, object] | str | bytes) -> bytes:
+    if isinstance(source, str | bytes):
+        return source if isinstance(source, bytes) else source.encode(errors="surrogatepass")
+    try:
+        # NaN is let through here so that the refusal can name the field that holds it.
+        return to_json(source if isinstance(source, Manifest) else dict(source), inf_nan_mode="constants")
+    except (PydanticSerializationError, UnicodeEncodeError) as exc:
+        raise InvalidManifest(f"manifest: {exc}; use only what JSON can hold", "manifest") from None
+
+
+def _refusal(exc: ValidationError) -> InvalidManifest:
+    errors = exc.errors(include_url=False, include_context=False)
+    # A manifest of another schema fails in many fields; its version is the one to name.
+    error = next((e for e in errors if e["loc"] == ("schema_version",) and e["type"] != "missing"), errors[0])
+    param = ".".join(str(part) for part in error["loc"]) or "manifest"
+    if param == "schema_version" and error["type"] != "missing":
+        known = f"this polyhelm reads version {SCHEMA_VERSION}"
+        return InvalidManifest(f"schema_version {error['input']!r} is unknown: {known}; upgrade polyhelm", param)
+    return InvalidManifest(f"manifest field {param!r}: {error['msg']}; correct it and publish again", param)

@@ -1,0 +1,176 @@
+"""Opens safetensors files without trusting them: header first, then values, in pieces.
+
+The format: 8 bytes of header length (little-endian), a JSON header `{name: {dtype, shape, data_offsets}}`, the data.
+numpy knows no bfloat16, so values are read here: the upper half of a float32's bits is a bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from steering_store.errors import InvalidTensor
+from steering_store.manifest import Manifest
+from steering_store.reference import pickle_refused
+
+Float32 = npt.NDArray[np.float32]
+
+MAX_HEADER_BYTES = 100_000_000
+CHUNK_BYTES = 1 << 22
+_STORED_AS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
+
+
+class _HeaderEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: list[NonNegativeInt] = Field(min_length=2, max_length=2)
+
+
+_HEADER = TypeAdapter(dict[str, _HeaderEntry])
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies in its file: `start` and `size` are bytes, from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def read_header(stream: BinaryIO, file: str) -> dict[str, TensorEntry]:
+    """Read which tensors a safetensors stream holds; every byte of it must belong to one of them.
+
+    `file` is its name in messages. Raises InvalidTensor, or UnsupportedFile for a pickle in disguise.
+    """
+    total = stream.seek(0, 2)
+    stream.seek(0)
+    prefix = stream.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, total - 8):
+        if prefix.startswith(_PICKLE_STARTS):
+            raise pickle_refused(file)
+        raise _malformed(file, "it is truncated, or its header is longer than 100 MB")
+    entries = _parse_header(stream.read(length), file)
+    begin = 8 + length
+    tensors = {name: _entry(file, name, entry, begin) for name, entry in entries.items()}
+    _check_extent(file, tensors, begin, total)
+    return tensors
+
+
+def check_tensors(manifest: Manifest, paths: Mapping[str, Path]) -> None:
+    """Check that the files hold the manifest's tensors, all of them and no others, with finite values only.
+
+    Raises InvalidTensor, which names the file, the tensor and the manifest's field.
+    """
+    for file, path in paths.items():
+        with path.open("rb") as stream:
+            tensors = read_header(stream, file)
+            _check_against(manifest, file, tensors)
+            for name, entry in tensors.items():
+                for values in _values(stream, entry):
+                    if not np.isfinite(values).all():
+                        raise InvalidTensor(
+                            f"file {file!r}: tensor {name!r} holds NaN, infinity or values beyond float32; refit it",
+                            "files",
+                        )
+
+
+def read_tensors(source: Path | bytes) -> dict[str, Float32]:
+    """Read every tensor of a safetensors file, or of its bytes, as float32. Raises InvalidTensor."""
+    file = source.name if isinstance(source, Path) else "<bytes>"
+    with source.open("rb") if isinstance(source, Path) else BytesIO(source) as stream:
+        return {
+            name: np.concatenate([np.empty(0, np.float32), *_values(stream, entry)]).reshape(entry.shape)
+            for name, entry in read_header(stream, file).items()
+        }
+
+
+def _parse_header(raw: bytes, file: str) -> dict[str, _HeaderEntry]:
+    try:
+        content = from_json(raw)
+        if not isinstance(content, dict):
+            raise ValueError("its header is not a JSON object")
+        content.pop("__metadata__", None)
+        return _HEADER.validate_python(content)
+    except ValidationError as exc:
+        where = ".".join(str(part) for part in exc.errors()[0]["loc"])
+        raise _malformed(file, f"in its header, {where}: {exc.errors()[0]['msg']}") from None
+    except ValueError as exc:
+        raise _malformed(file, f"its header can't be read ({exc})") from None
+
+
+def _entry(file: str, name: str, entry: _HeaderEntry, begin: int) -> TensorEntry:
+    if entry.dtype not in _STORED_AS:
+        raise InvalidTensor(
+            f"file {file!r}: tensor {name!r} is {entry.dtype}; convert it to one of {', '.join(_STORED_AS)}", "files"
+        )
+    start, end = entry.data_offsets
+    size = math.prod(entry.shape) * np.dtype(_STORED_AS[entry.dtype]).itemsize
+    if end - start != size:
+        raise _malformed(file, f"tensor {name!r} has {end - start} bytes where its shape needs {size}")
+    return TensorEntry(entry.dtype, tuple(entry.shape), begin + start, size)
+
+
+def _check_extent(file: str, tensors: Mapping[str, TensorEntry], begin: int, total: int) -> None:
+    end = begin
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != end:
+            raise _malformed(file, f"tensor {name!r} overlaps its neighbour or leaves a gap")
+        end += entry.size
+    if end != total:
+        raise _malformed(file, f"its header describes {end} bytes and the file has {total}: truncated or padded")
+
+
+def _check_against(manifest: Manifest, file: str, tensors: Mapping[str, TensorEntry]) -> None:
+    unclaimed = set(tensors)
+    for i, site in enumerate(manifest.sites):
+        if site.file != file:
+            continue
+        found = tensors.get(site.tensor)
+        if found is None:
+            raise InvalidTensor(
+                f"sites.{i}.tensor: file {file!r} has no tensor {site.tensor!r}; it has {sorted(tensors)[:8]}",
+                f"sites.{i}.tensor",
+            )
+        for field, promised, actual in (("shape", site.shape, list(found.shape)), ("dtype", site.dtype, found.dtype)):
+            if promised != actual:
+                raise InvalidTensor(
+                    f"sites.{i}.{field}: the manifest says {promised}, and tensor {site.tensor!r} of file {file!r} "
+                    f"has {actual}; correct one of them",
+                    f"sites.{i}.{field}",
+                )
+        unclaimed.discard(site.tensor)
+    if unclaimed:
+        raise InvalidTensor(
+            f"sites: no site uses {sorted(unclaimed)[:8]} of file {file!r}; add sites, or remove them",
+            "sites",
+        )
+
+
+def _values(stream: BinaryIO, entry: TensorEntry) -> Iterator[Float32]:
+    stream.seek(entry.start)
+    for done in range(0, entry.size, CHUNK_BYTES):
+        raw = np.frombuffer(stream.read(min(CHUNK_BYTES, entry.size - done)), _STORED_AS[entry.dtype])
+        if entry.dtype == "BF16":
+            yield (raw.astype(np.uint32) << 16).view(np.float32)
+        else:
+            with np.errstate(over="ignore"):
+                yield raw.astype(np.float32)
+
+
+def _malformed(file: str, reason: str) -> InvalidTensor:
+    return InvalidTensor(f"file {file!r} is not a whole safetensors file: {reason}; write it again", "files")
