@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engine.edits import END, Edit, Program, Site, Span, SpanError, clip
+
+POSITION = st.integers(-12, 12)
+WINDOW = st.none() | st.tuples(POSITION, st.none() | POSITION)
+COUNTED = st.none() | st.tuples(st.integers(0, 12), st.none() | st.integers(0, 12))
+SPANS = st.builds(
+    Span,
+    prompt=st.booleans(),
+    generation=st.booleans(),
+    prompt_positions=st.lists(POSITION, max_size=3).map(tuple),
+    prompt_window=WINDOW,
+    generation_window=COUNTED,
+    exclude_prompt_positions=st.lists(POSITION, max_size=3).map(tuple),
+    exclude_prompt_window=WINDOW,
+    exclude_generation_window=COUNTED,
+)
+
+
+def touched_by_definition(span: Span, position: int, prompt_len: int) -> bool:
+    """The vocabulary of `apply`, read off token by token."""
+    in_prompt = position < prompt_len
+    generated = position - prompt_len
+
+    def in_positions(positions: tuple[int, ...]) -> bool:
+        return in_prompt and (position in positions or position - prompt_len in positions)
+
+    def in_prompt_window(window: tuple[int, int | None] | None) -> bool:
+        return in_prompt and window is not None and position in range(prompt_len)[slice(*window)]
+
+    def in_generation_window(window: tuple[int, int | None] | None) -> bool:
+        return not in_prompt and window is not None and generated in range(1000)[slice(*window)]
+
+    included = (
+        (span.prompt and in_prompt)
+        or (span.generation and not in_prompt)
+        or in_positions(span.prompt_positions)
+        or in_prompt_window(span.prompt_window)
+        or in_generation_window(span.generation_window)
+    )
+    excluded = (
+        in_positions(span.exclude_prompt_positions)
+        or in_prompt_window(span.exclude_prompt_window)
+        or in_generation_window(span.exclude_generation_window)
+    )
+    return included and not excluded
+
+
+@given(span=SPANS, prompt_len=st.integers(1, 10))
+def test_intervals_hold_exactly_the_positions_that_the_vocabulary_names(span: Span, prompt_len: int) -> None:
+    intervals = span.intervals(prompt_len)
+    for position in range(prompt_len + 20):
+        inside = any(start <= position < end for start, end in intervals)
+        assert inside == touched_by_definition(span, position, prompt_len)
+    assert all(start < end for start, end in intervals)
+    assert all(before[1] < after[0] for before, after in zip(intervals, intervals[1:], strict=False))
+
+
+@given(span=SPANS)
+def test_a_span_survives_the_wire(span: Span) -> None:
+    assert Span.from_json(json.loads(json.dumps(span.to_json()))) == span
+
+
+@given(span=SPANS, prompt_len=st.integers(1, 10), start=st.integers(0, 20), length=st.integers(1, 8))
+def test_a_block_is_tagged_exactly_when_something_in_it_is_touched(
+    span: Span, prompt_len: int, start: int, length: int
+) -> None:
+    program = Program((Edit("add", "v", (0,), 1.0, span),))
+    tag = program.block_tag(program.intervals(prompt_len), start, start + length)
+    touched = any(touched_by_definition(span, position, prompt_len) for position in range(start, start + length))
+    assert (tag is not None) == touched
+
+
+def test_blocks_are_shared_when_the_same_tokens_were_touched_whatever_the_prompt_length() -> None:
+    program = Program((Edit("add", "v", (0,), 1.0),))
+    assert program.block_tag(program.intervals(5), 0, 16) == program.block_tag(program.intervals(16), 0, 16)
+    after_prompt = Program((Edit("add", "v", (0,), 1.0, Span(prompt=False)),))
+    assert after_prompt.block_tag(after_prompt.intervals(5), 0, 16) != after_prompt.block_tag(
+        after_prompt.intervals(6), 0, 16
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Edit("add", "v", (0,), 1.5),
+        Edit("add", "w", (0,), 1.0),
+        Edit("add", "v", (1,), 1.0),
+        Edit("add_norm", "v", (0,), 1.0),
+    ],
+)
+def test_blocks_are_not_shared_between_different_edits(other: Edit) -> None:
+    one, two = Program((Edit("add", "v", (0,), 1.0),)), Program((other,))
+    assert one.block_tag(one.intervals(4), 0, 4) != two.block_tag(two.intervals(4), 0, 4)
+    assert one.fingerprint != two.fingerprint
+
+
+def test_the_fingerprint_of_a_program_is_stable() -> None:
+    program = Program((Edit("add", "sha256:ab", (3, 4), 2.5, Span(prompt=False, generation_window=(0, 8))),))
+    assert program.wire == (
+        b'[{"layers":[3,4],"opcode":"add","operand":"sha256:ab",'
+        b'"span":{"generation_window":[0,8],"prompt":false},"strength":2.5}]'
+    )
+    assert Program.from_wire(program.wire) == program
+
+
+@pytest.mark.parametrize(
+    ("span", "prompt_len", "max_tokens", "reason"),
+    [
+        (Span(prompt=False, generation=False, prompt_positions=(7,)), 5, 8, "position 7 is outside the prompt"),
+        (Span(exclude_prompt_positions=(-6,)), 5, 8, "position -6 is outside the prompt"),
+        (Span(prompt=False), 5, 1, "empty"),
+        (Span(prompt=False, generation=False, generation_window=(8, 9)), 5, 9, "empty"),
+        (Span(generation=False, exclude_prompt_window=(0, None)), 5, 8, "empty"),
+    ],
+)
+def test_a_span_that_cannot_act_is_refused(span: Span, prompt_len: int, max_tokens: int, reason: str) -> None:
+    with pytest.raises(SpanError, match=reason):
+        span.check(prompt_len, max_tokens)
+
+
+def test_a_span_that_can_act_is_accepted() -> None:
+    Span().check(1, 1)
+    Span(prompt=False, generation=False, generation_window=(7, 9)).check(5, 9)
+
+
+def test_clip_keeps_what_is_inside() -> None:
+    assert clip(((0, 4), (8, END)), 3, 10) == ((3, 4), (8, 10))
+
+
+@pytest.mark.parametrize("text", ["resid_post.14", "blocks.14.hook_resid_post"])
+def test_sites_are_read_in_both_spellings(text: str) -> None:
+    assert str(Site.parse(text)) == "resid_post.14"
+
+
+@pytest.mark.parametrize("text", ["resid_post", "resid_post.-1", "mlp.3", "resid_post.1.2", "blocks.1.hook_mlp_out"])
+def test_unknown_sites_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="unknown site"):
+        Site.parse(text)
