@@ -155,7 +155,8 @@ class FitJobs:
 
     def _save(self, record: _Record) -> None:
         path = self.folder / f"{record.job.id}.json"
-        temporary = path.with_suffix(".tmp")
+        # Its own name: a job that is cancelled is saved by its worker and by the request at the same time.
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         with temporary.open("wb") as file:
             file.write(record.model_dump_json().encode())
             file.flush()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, field_validator
 from safetensors.numpy import save
 
 from methods import caa
@@ -22,6 +22,7 @@ from server import __version__
 from server.api.errors import ApiError
 from server.models import ModelIdentity
 from steering_store import Publication, Store
+from steering_store.manifest import Language
 
 if TYPE_CHECKING:
     from server.engine.client import Engine
@@ -51,11 +52,18 @@ class CaaOptions(_Part):
     default_layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     default_strength: FiniteFloat = 1.0
 
+    @field_validator("default_layers")
+    @classmethod
+    def _each_once(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is not None and len(set(layers)) < len(layers):
+            raise ValueError("a layer is named twice")
+        return layers
+
 
 class Data(_Part):
     """Where the pairs come from, for the artifact's provenance."""
 
-    name: str = "uploaded pairs"
+    name: Annotated[str, StringConstraints(min_length=1)] = "uploaded pairs"
     license: str | None = None
 
 
@@ -69,7 +77,7 @@ class FitSpec(_Part):
     data: Data = Data()
     description: str = ""
     license: str | None = None
-    languages: list[str] = []
+    languages: list[Language] = []
 
 
 def data_digest(pairs: Sequence[Pair]) -> str:
@@ -113,6 +121,10 @@ async def run_fit(
         fitted = await run_in_threadpool(caa.fit, positive, negative, config)
     except ValueError as error:
         raise ApiError(422, str(error), "options") from error
+    if zero := [layer for layer in fitted.default_layers if not fitted.vectors[layer].any()]:
+        raise ApiError(
+            422, f"the two sides of the pairs don't differ at layers {zero}: steering would do nothing", "pairs"
+        )
     manifest = _manifest(spec, config, fitted, h_norm, identity, engine, created_at, annotations or {})
     tensors = {f"resid_post.{layer}": vector for layer, vector in enumerate(fitted.vectors)}
     return await run_in_threadpool(store.publish, spec.name, manifest, {"vectors.safetensors": save(tensors)})

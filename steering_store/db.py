@@ -56,13 +56,24 @@ def migrate(path: Path) -> None:
 @contextmanager
 def connect(path: Path) -> Iterator[sqlite3.Connection]:
     """Open the database for one operation. Raises StoreBusy, StoreFull or StoreError for SQLite's own errors."""
+    with sqlite_errors_named(path), closing(open_connection(path)) as db:
+        yield db
+
+
+def open_connection(path: Path, check_same_thread: bool = True) -> sqlite3.Connection:
+    # Autocommit: transactions are opened by name below, never implicitly.
+    db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=check_same_thread)
+    db.row_factory = sqlite3.Row
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute("PRAGMA foreign_keys = ON")
+    return db
+
+
+@contextmanager
+def sqlite_errors_named(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into StoreBusy, StoreFull or StoreError."""
     try:
-        # Autocommit: transactions are opened by name below, never implicitly.
-        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
-            db.row_factory = sqlite3.Row
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA foreign_keys = ON")
-            yield db
+        yield
     except sqlite3.Error as exc:
         raise _named(exc, path) from exc
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from steering_store.blobs import Blobs, Source, StagedFile
 from steering_store.db import connect, migrate, transaction
 from steering_store.errors import ArtifactNotFound, CorruptArtifact, InvalidManifest, TooLarge
+from steering_store.lookup import Remembered
 from steering_store.manifest import (
     FileEntry,
     Manifest,
@@ -76,6 +77,7 @@ class Store:
         self._blobs = Blobs(root)
         self._database = root / "store.sqlite"
         migrate(self._database)
+        self._remembered: Remembered[ArtifactVersion] = Remembered(self._database)
 
     def publish(
         self, name: str, manifest: Manifest | Mapping[str, object] | str | bytes, files: Mapping[str, Source]
@@ -102,7 +104,13 @@ class Store:
 
     def resolve(self, ref: str | Reference) -> ArtifactVersion:
         """Find a version; without a ref, the highest. Raises InvalidName, InvalidReference or ArtifactNotFound."""
-        return _version(self._row(ref))
+        key = str(ref)
+        known = self._remembered.get(key)
+        if known is None:
+            seen = self._remembered.seen
+            known = _version(self._row(ref))
+            self._remembered.put(key, known, seen)
+        return known
 
     def list_artifacts(self, *, kind: str | None = None, after: str | None = None, limit: int = 100) -> Page:
         """The highest version of each artifact, by name, beginning behind the name `after`."""

@@ -75,12 +75,13 @@ def error_response(exc: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Answer ApiError, and every exception of the table, in the envelope."""
+    """Answer ApiError, every exception of the table, and paths and methods that no route has, in the envelope."""
 
     async def handle(request: Request, exc: Exception) -> Response:
         return error_response(exc)
 
-    classes: tuple[type[Exception], ...] = (ApiError, *STATUS)
+    # Starlette's own class is what its router raises; vLLM's handler for FastAPI's subclass stays in charge of that.
+    classes: tuple[type[Exception], ...] = (ApiError, HTTPException, *STATUS)
     for cls in classes:
         app.add_exception_handler(cls, handle)
 

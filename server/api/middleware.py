@@ -68,7 +68,8 @@ class JsonBodies:
 
 def refuse_steering(path: str, body: bytes) -> None:
     """Raise ApiError 400 when `body` is a JSON object with a `steering` field."""
-    if b'"steering"' not in body:
+    # A key may be spelled with escapes.
+    if b'"steering"' not in body and b"\\u" not in body:
         return
     try:
         parsed = json.loads(body)
@@ -79,7 +80,7 @@ def refuse_steering(path: str, body: bytes) -> None:
 
 
 def _is_multipart(scope: Scope) -> bool:
-    return dict(scope["headers"]).get(b"content-type", b"").startswith(MULTIPART)
+    return dict(scope["headers"]).get(b"content-type", b"").lower().startswith(MULTIPART)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

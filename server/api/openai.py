@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from server.api.errors import ApiError
 from server.api.steering import Prepared, Receipt, Steerer
+from server.engine.banks import BankFull
 
 if TYPE_CHECKING:
     from server.engine.client import Engine
 
 DONE = "data: [DONE]"
+RESERVED = "polyhelm"
 
 
 class SteeringHandler:
@@ -37,6 +39,9 @@ class SteeringHandler:
         return getattr(self._inner, name)
 
     async def _steered(self, request: Any, raw_request: Any = None) -> Any:
+        if forged := [key for key in request.vllm_xargs or {} if key.startswith(RESERVED)]:
+            # The engine refuses them too, but in a stream that has begun with a 200.
+            raise ApiError(400, f"vllm_xargs may not hold {forged[0]!r}: use the 'steering' field", "vllm_xargs")
         # vLLM's request models keep unknown fields as extras.
         raw = (request.model_extra or {}).pop("steering", None)
         if raw is None:
@@ -44,13 +49,23 @@ class SteeringHandler:
         if getattr(request, "use_beam_search", False):
             raise ApiError(400, "steering doesn't work with beam search: set use_beam_search to false", "steering")
         prepared = self._steerer.prepare(raw)
+        if len(prepared.artifacts) > self._engine.bank.slots:
+            raise ApiError(
+                422,
+                f"{len(prepared.artifacts)} different artifacts: this server holds {self._engine.bank.slots} at a "
+                "time; use fewer, or raise --bank-slots",
+                "steering.interventions",
+            )
         self._engine.mark(request, prepared.program, prepared.receipt)
         hold = AsyncExitStack()
         vectors = {
             digest: lambda version=version: self._steerer.vectors(version)
             for digest, version in prepared.artifacts.items()
         }
-        await hold.enter_async_context(self._engine.holding(vectors))
+        try:
+            await hold.enter_async_context(self._engine.holding(vectors))
+        except BankFull as error:
+            raise ApiError(503, str(error), "steering") from error
         try:
             result = await self._create(request, raw_request)
             if not hasattr(result, "__aiter__"):

@@ -21,6 +21,7 @@ from server.api.errors import ApiError
 from server.engine.edits import Program, Span
 from server.models import ModelIdentity
 from steering_store import ArtifactVersion, Store
+from steering_store.errors import StoreError
 
 Index = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -165,7 +166,7 @@ class Steerer:
         edits, applied = [], []
         for index, intervention in enumerate(steering.interventions):
             where = f"steering.interventions[{index}]"
-            version = self.store.resolve(intervention.artifact)
+            version = self._resolve(intervention.artifact, f"{where}.artifact")
             self._check_model(version, f"{where}.artifact")
             layers = self._layers(intervention, version, where)
             strength = self._strength(intervention, version, where)
@@ -184,6 +185,13 @@ class Steerer:
                 )
             )
         return Prepared(Program(tuple(edits)), artifacts, applied)
+
+    def _resolve(self, reference: str, param: str) -> ArtifactVersion:
+        try:
+            return self.store.resolve(reference)
+        except StoreError as error:
+            error.param = param
+            raise
 
     def _check_model(self, version: ArtifactVersion, param: str) -> None:
         made_for, served = version.manifest.model, self.identity

@@ -177,12 +177,12 @@ class Router:
             self._layout = () if captures else layout
 
     def _build(self, pieces: list[_Piece], captures: list[CaptureSlice]) -> None:
-        shared: dict[tuple[tuple[int, ...], ...], SiteWork | None] = {}
-        for site in range(self.sites):
-            active = tuple(tuple(m for m in piece.active if site in piece.row.edits[m][1]) for piece in pieces)
-            if active not in shared:
-                shared[active] = self._work(pieces, active)
-            self.works[site] = shared[active]
+        for sites in self._alike(pieces):
+            site = next(iter(sites))
+            active = [tuple(m for m in piece.active if site in piece.row.edits[m][1]) for piece in pieces]
+            work = self._work(pieces, active)
+            for site in sites:
+                self.works[site] = work
         for capture in captures:
             work = self.works[capture.site]
             if work is None or not work.captures:
@@ -192,7 +192,14 @@ class Router:
                 self.works[capture.site] = work
             work.captures.append(capture)
 
-    def _work(self, pieces: list[_Piece], active: tuple[tuple[int, ...], ...]) -> SiteWork | None:
+    def _alike(self, pieces: list[_Piece]) -> list[frozenset[int]]:
+        """Groups of sites at which the same edits act; few, as programs mostly share a few sets of layers."""
+        groups = [frozenset(range(self.sites))]
+        for layers in {piece.row.edits[m][1] for piece in pieces for m in piece.active}:
+            groups = [part for group in groups for part in (group & layers, group - layers) if part]
+        return groups
+
+    def _work(self, pieces: list[_Piece], active: list[tuple[int, ...]]) -> SiteWork | None:
         segments: list[Segment] = []
         counts: dict[int, int] = {}
         for piece, edits in zip(pieces, active, strict=True):
