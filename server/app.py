@@ -42,7 +42,7 @@ async def serve(settings: Settings, engine_args: Sequence[str], report: Reporter
     model = resolve_model(settings.model, settings.data_dir, report.step)
     identity = model_identity(model.path)
     store = open_store(settings)
-    args = frontend.parse_args(model.path, model.name, settings.host, settings.port, settings.bank_slots, engine_args)
+    args = frontend.parse_args(model, settings, engine_args)
     sock = frontend.open_socket(args)
     report.step("starting vLLM and checking that every site steers")
     async with frontend.open_engine(args) as engine:

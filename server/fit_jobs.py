@@ -118,6 +118,10 @@ class FitJobs:
             await asyncio.wait([task])
             self._running = None
             if not task.cancelled() and (error := task.exception()) is not None:
+                if not self.engine.alive:
+                    record.job.status = "queued"  # the next start takes it up
+                    await run_in_threadpool(self._save, record)
+                    return
                 self._fail(record, error)
             await run_in_threadpool(self._save, record)
 

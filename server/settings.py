@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     """Make sure that the demo artifacts exist before serving."""
     bank_slots: int = Field(128, ge=2)
     """Steering vectors kept on the device at a time."""
+    prefix_cache: Literal["auto", "cache_salt"] = "auto"
+    """How steered requests are kept apart in the prefix cache: by tagged blocks where that works, or always by salt."""
     model_match: Literal["weights", "shape"] = "weights"
     """What an artifact must share with the served model: its very weights, or architecture, width and depth only."""
     max_strength: float = Field(1e4, gt=0)

@@ -155,10 +155,10 @@ async def _local(spec: FitSpec, model: str, data_dir: Path, reporter: Reporter) 
     from server.models import model_identity, resolve_model
     from server.settings import Settings
 
-    settings = Settings(model=model, data_dir=data_dir)
+    settings = Settings(model=model, data_dir=data_dir, port=0)
     resolved = resolve_model(model, data_dir, reporter.step)
     store = open_store(settings)
-    args = frontend.parse_args(resolved.path, resolved.name, settings.host, 0, settings.bank_slots, [])
+    args = frontend.parse_args(resolved, settings, [])
     reporter.step("starting the engine")
     async with frontend.open_engine(args) as engine:
         publication = await run_fit(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+PrefixCache = Literal["auto", "cache_salt"]
 CONTEXT: dict[str, Any] = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
 
 
@@ -27,6 +28,13 @@ def serve(
     bank_slots: Annotated[
         int, typer.Option(envvar="POLYHELM_BANK_SLOTS", min=2, help="Steering vectors kept on the device at a time.")
     ] = 128,
+    prefix_cache: Annotated[
+        PrefixCache,
+        typer.Option(
+            envvar="POLYHELM_PREFIX_CACHE",
+            help="Keep programs apart by tagged blocks where that works, or always by salt.",
+        ),
+    ] = "auto",
 ) -> None:
     """Serve a model. Every other option is vLLM's own and goes to it unchanged, such as --dtype or --max-model-len."""
     from server.app import serve as serve_app
@@ -35,7 +43,15 @@ def serve(
     from server.progress import Reporter
     from server.settings import Settings
 
-    settings = Settings(model=model, host=host, port=port, data_dir=data_dir, demo=demo, bank_slots=bank_slots)
+    settings = Settings(
+        model=model,
+        host=host,
+        port=port,
+        data_dir=data_dir,
+        demo=demo,
+        bank_slots=bank_slots,
+        prefix_cache=prefix_cache,
+    )
     try:
         asyncio.run(serve_app(settings, context.args, Reporter()))
     except (ModelError, EngineStartError, OSError) as error:

@@ -25,6 +25,10 @@ class Bank:
         self._slots: dict[str, int] = {}
         self._layers: dict[str, frozenset[int]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        return self.vectors.device
+
     def load(self, key: str, slot: int, layers: Iterable[int], data: bytes) -> None:
         """Put `key`'s vectors, little-endian float32 [layers, hidden], into `slot`, in place of what was there."""
         sites, slots, hidden_size = self.vectors.shape

@@ -28,11 +28,13 @@ def pooling_span(pooling: Pooling) -> Span:
 class Capture:
     """Running sums of one request at all sites."""
 
-    def __init__(self, sites: int, hidden_size: int, intervals: tuple[Interval, ...]) -> None:
+    def __init__(
+        self, sites: int, hidden_size: int, intervals: tuple[Interval, ...], device: torch.device | str = "cpu"
+    ) -> None:
         self.intervals = intervals
-        self.total = torch.zeros(sites, hidden_size, dtype=torch.float32)
-        self.norm_total = torch.zeros(sites, dtype=torch.float32)
-        self.tokens = torch.zeros(sites, dtype=torch.int64)
+        self.total = torch.zeros(sites, hidden_size, dtype=torch.float32, device=device)
+        self.norm_total = torch.zeros(sites, dtype=torch.float32, device=device)
+        self.tokens = torch.zeros(sites, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True, slots=True)

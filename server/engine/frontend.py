@@ -11,8 +11,14 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from server.engine.banks import BankDirectory
+from server.engine.client import Engine
 from server.engine.plugin import ENABLED
-from server.engine.sites import CONFIG_KEY
+from server.engine.probe import probe
+from server.engine.seams import PREFIX_CACHE, SeamError, patch
+from server.engine.sites import CONFIG_KEY, UnsupportedModel, refuse_unsupported
+from server.models import ResolvedModel
+from server.settings import Settings
 
 WORKER_EXTENSION = "server.engine.worker.WorkerExtension"
 MAX_EDITS = 16
@@ -23,7 +29,7 @@ class EngineStartError(RuntimeError):
     """The engine could not be started; the message says why and what to do."""
 
 
-def parse_args(model: str, name: str, host: str, port: int, bank_slots: int, extra: Sequence[str]) -> Namespace:
+def parse_args(model: ResolvedModel, settings: Settings, extra: Sequence[str]) -> Namespace:
     """vLLM's server arguments, with polyhelm's own filled in. vLLM's parser exits with usage on an unknown one."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.platforms import current_platform
@@ -33,8 +39,12 @@ def parse_args(model: str, name: str, host: str, port: int, bank_slots: int, ext
     if on_cpu:
         # GiB of KV cache. vLLM's own default takes half of the machine's memory.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # This version steers in vLLM's V1 model runner; on a GPU vLLM would choose V2.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ[ENABLED] = "1"
-    defaults = ["--model", model, "--served-model-name", name, "--host", host, "--port", str(port)]
+    os.environ[PREFIX_CACHE] = settings.prefix_cache
+    defaults = ["--model", model.path, "--served-model-name", model.name]
+    defaults += ["--host", settings.host, "--port", str(settings.port)]
     # Eager is the only mode that this version steers in; on CPU, compiled SmolLM2 was seen to give wrong text besides.
     defaults += ["--enforce-eager", "--worker-extension-cls", WORKER_EXTENSION]
     parser = make_arg_parser(FlexibleArgumentParser(prog="polyhelm serve"))
@@ -46,28 +56,46 @@ def parse_args(model: str, name: str, host: str, port: int, bank_slots: int, ext
         raise EngineStartError("--api-server-count above 1 isn't supported yet: run replicas behind a load balancer")
     args.additional_config = {
         **(args.additional_config or {}),
-        CONFIG_KEY: {"bank_slots": bank_slots, "max_edits": MAX_EDITS},
+        CONFIG_KEY: {"bank_slots": settings.bank_slots, "max_edits": MAX_EDITS},
     }
     return args
 
 
 @asynccontextmanager
-async def open_engine(args: Namespace) -> AsyncIterator[Any]:
-    """Start vLLM, install the seams, and prove that steering works; yields the `Engine`."""
-    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+async def open_engine(args: Namespace) -> AsyncIterator[Engine]:
+    """Start vLLM, install the seams, and prove that steering works; yields the `Engine`. Raises EngineStartError."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    from server.engine.banks import BankDirectory
-    from server.engine.client import Engine
-    from server.engine.probe import probe
-    from server.engine.seams import patch
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    try:
+        patch()
+        vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        refuse_unsupported(vllm_config)
+    except (SeamError, UnsupportedModel, ValueError) as error:  # vLLM's own refusals are ValueErrors
+        raise EngineStartError(str(error)) from error
+    client = AsyncLLM.from_vllm_config(
+        vllm_config=vllm_config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+    try:
+        yield await _proved(client, args.additional_config[CONFIG_KEY])
+    finally:
+        client.shutdown(timeout=vllm_config.shutdown_timeout)
 
-    patch()
-    async with build_async_engine_client(args) as client:
-        config = args.additional_config[CONFIG_KEY]
-        engine = Engine(client, BankDirectory(config["bank_slots"]), config["max_edits"])
-        await engine.describe()
+
+async def _proved(client: Any, config: dict[str, int]) -> Engine:
+    engine = Engine(client, BankDirectory(config["bank_slots"]), config["max_edits"])
+    await engine.describe()
+    try:
         await probe(engine)
-        yield engine
+    except SeamError as error:
+        raise EngineStartError(f"the start-up check failed: {error}") from error
+    return engine
 
 
 def open_socket(args: Namespace) -> socket.socket:
@@ -78,7 +106,7 @@ def open_socket(args: Namespace) -> socket.socket:
     return sock
 
 
-async def build_vllm_app(engine: Any, args: Namespace) -> FastAPI:
+async def build_vllm_app(engine: Engine, args: Namespace) -> FastAPI:
     """vLLM's own app and handlers, ready to be extended."""
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app

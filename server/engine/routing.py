@@ -187,7 +187,7 @@ class Router:
             work = self.works[capture.site]
             if work is None or not work.captures:
                 # A work is shared by sites that do the same; captures are per site, so give this site its own.
-                base = work or prepare((), [], [])
+                base = work or prepare((), [], [], self.bank.device)
                 work = SiteWork(base.segments, base.rows, base.stages, base.count_index, base.count_value)
                 self.works[capture.site] = work
             work.captures.append(capture)
@@ -210,7 +210,7 @@ class Router:
                     counts[key] = counts.get(key, 0) + piece.fresh
         if not segments:
             return None
-        return prepare(tuple(segments), list(counts), list(counts.values()))
+        return prepare(tuple(segments), list(counts), list(counts.values()), self.bank.device)
 
 
 def _pieces(row: _Row, start: int, position: int, tokens: int) -> list[_Piece]:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import structlog
 import vllm
 
 from server.engine.capture import Capture, pooling_span
@@ -30,6 +32,12 @@ them.
 """
 
 
+PREFIX_CACHE = "POLYHELM_PREFIX_CACHE"
+"""`cache_salt` in this variable leaves the prefix keys alone."""
+
+log = structlog.get_logger()
+
+
 class SeamError(RuntimeError):
     """vLLM isn't as this version of polyhelm knows it."""
 
@@ -39,8 +47,14 @@ def patch() -> None:
     if vllm.__version__ not in SUPPORTED_VLLM:
         raise SeamError(f"vLLM {vllm.__version__} isn't supported: install one of {', '.join(SUPPORTED_VLLM)}")
     _patch_install()
-    _patch_prefix_key()
     _patch_admission()
+    if os.environ.get(PREFIX_CACHE) == "cache_salt":
+        return
+    try:
+        _patch_prefix_key()
+    except SeamError as error:
+        # Not fatal: the start-up probe sees that blocks aren't tagged, and keeps programs apart by cache_salt instead.
+        log.warning("prefix-cache blocks can't be tagged", reason=str(error))
 
 
 def _wrap(owner: Any, name: str, parameters: tuple[str, ...], make: Callable[[Callable[..., Any]], Any]) -> None:
@@ -135,7 +149,7 @@ def _admit(installation: Any, request_id: str, sampling_params: Any, prompt_len:
     capture = None
     if CAPTURE in extra:
         intervals = pooling_span(extra[CAPTURE].decode()).intervals(prompt_len)
-        capture = Capture(installation.layers, installation.hidden_size, intervals)
+        capture = Capture(installation.layers, installation.hidden_size, intervals, installation.bank.device)
     if program is not None or capture is not None:
         installation.router.admit(request_id, program, receipt, capture, prompt_len)
 

@@ -41,8 +41,8 @@ class WorkerExtension:
         return [
             {
                 "tokens": capture.tokens.tolist(),
-                "mean": (capture.total / capture.tokens[:, None]).numpy().tobytes(),
-                "norm": (capture.norm_total / capture.tokens).numpy().tobytes(),
+                "mean": (capture.total / capture.tokens[:, None]).cpu().numpy().tobytes(),
+                "norm": (capture.norm_total / capture.tokens).cpu().numpy().tobytes(),
             }
             for capture in captures
         ]

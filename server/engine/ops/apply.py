@@ -63,28 +63,34 @@ class SiteWork:
     captures: list[CaptureSlice] = field(default_factory=list)
 
 
-def prepare(segments: tuple[Segment, ...], count_index: list[int], count_value: list[int]) -> SiteWork:
+def prepare(
+    segments: tuple[Segment, ...], count_index: list[int], count_value: list[int], device: torch.device
+) -> SiteWork:
     """Lay out one site's work so that the op itself does no Python arithmetic on a decode step."""
     rows: torch.Tensor | slice | None = None
     stages: list[Stage] = []
     if segments and all(segment.end - segment.start == 1 for segment in segments):
         first, last = segments[0].start, segments[-1].start
         contiguous = last - first + 1 == len(segments)
-        rows = slice(first, last + 1) if contiguous else torch.tensor([segment.start for segment in segments])
+        rows = (
+            slice(first, last + 1)
+            if contiguous
+            else torch.tensor([segment.start for segment in segments], device=device)
+        )
         depth = max(len(segment.edits) for segment in segments)
-        stages = [_stage(segments, k) for k in range(depth)]
+        stages = [_stage(segments, k, device) for k in range(depth)]
     return SiteWork(segments, rows, tuple(stages), np.array(count_index, np.int64), np.array(count_value, np.int64))
 
 
-def _stage(segments: tuple[Segment, ...], k: int) -> Stage:
+def _stage(segments: tuple[Segment, ...], k: int, device: torch.device) -> Stage:
     members = [index for index, segment in enumerate(segments) if len(segment.edits) > k]
     edits = [segments[index].edits[k] for index in members]
     norms = [edit.opcode == "add_norm" for edit in edits]
     return Stage(
-        members=None if len(members) == len(segments) else torch.tensor(members),
-        slots=torch.tensor([edit.slot for edit in edits]),
-        strengths=torch.tensor([[edit.strength] for edit in edits], dtype=torch.float32),
-        is_norm=torch.tensor(norms)[:, None] if any(norms) else None,
+        members=None if len(members) == len(segments) else torch.tensor(members, device=device),
+        slots=torch.tensor([edit.slot for edit in edits], device=device),
+        strengths=torch.tensor([[edit.strength] for edit in edits], dtype=torch.float32, device=device),
+        is_norm=torch.tensor(norms, device=device)[:, None] if any(norms) else None,
     )
 
 
