@@ -55,7 +55,7 @@ def run_engine(
     }
     (folder / "job.json").write_text(json.dumps(job))
     np.savez(folder / "vectors.npz", **vectors)
-    child = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=500)
+    child = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=900)
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-6000:]
     answer = json.loads((folder / "results.json").read_text())
     return Run([[Result(**each) for each in results] for results in answer["rounds"]], answer["preemptions"])

@@ -11,11 +11,11 @@ import pytest
 from server.engine.edits import Edit, Span
 from tests.server.engine.child import Request, Result, Run, run_engine
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 
 LAYERS, HIDDEN, BLOCK = 30, 576, 32
-SHARED_PROMPT_TOKENS = 100
-ENGINE: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 24, "block_size": BLOCK}
+SHARED_PROMPT_TOKENS = 90
+ENGINE: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 24, "block_size": BLOCK}
 
 
 def programs() -> list[tuple[Edit, ...]]:
@@ -39,21 +39,21 @@ def programs() -> list[tuple[Edit, ...]]:
 
 
 def batch() -> list[Request]:
-    """16 steered requests with the 12 programs, and 8 unsteered ones, with prompts of 10 to 90 tokens."""
+    """16 steered requests with the 12 programs, and 8 unsteered ones, with prompts of 10 to 59 tokens."""
     rng = np.random.default_rng(0)
     every = programs()
     chosen = [every[index % 12] if index % 3 != 2 else () for index in range(24)]
     steered = [index for index in range(24) if chosen[index]]
     for number, index in enumerate(steered):
         chosen[index] = every[number % 12]
-    return [Request(rng.integers(3, 40000, rng.integers(10, 90)).tolist(), edits, 32) for edits in chosen]
+    return [Request(rng.integers(3, 40000, rng.integers(10, 60)).tolist(), edits, 24) for edits in chosen]
 
 
 def shared() -> list[Request]:
     """200 requests with one prompt, every other one unsteered."""
     prompt = np.random.default_rng(1).integers(3, 40000, SHARED_PROMPT_TOKENS).tolist()
     every = programs()
-    return [Request(prompt, every[index // 2 % 12] if index % 2 else (), 24) for index in range(200)]
+    return [Request(prompt, every[index // 2 % 12] if index % 2 else (), 12) for index in range(200)]
 
 
 def rounds() -> list[list[Request]]:
@@ -125,7 +125,7 @@ def test_preemption_and_small_chunks_change_nothing(
         "model": str(smollm2),
         "enable_prefix_caching": True,
         "max_num_batched_tokens": 64,
-        "num_gpu_blocks_override": 24,
+        "num_gpu_blocks_override": 14,
     }
     run = run_engine(tmp_path, vectors, rounds(), engine)
     assert run.preemptions > 10, "nothing was preempted: this proves nothing"

@@ -12,7 +12,7 @@ import transformers
 from server.engine.edits import Edit, Span
 from tests.server.engine.child import Request, Result, run_engine
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 
 TOLERANCE = 2e-3
 PROMPT_TOKENS, NEW_TOKENS = 21, 32
