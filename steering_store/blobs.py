@@ -68,8 +68,8 @@ class Blobs:
         with _full_disk_named():
             target.parent.mkdir(exist_ok=True)
             os.replace(staged.path, target)
-            _fsync_folder(target.parent)
-            _fsync_folder(self._blobs)
+            fsync(target.parent)
+            fsync(self._blobs)
 
     def path(self, sha256: str) -> Path:
         """Where the bytes with this digest (hex) lie."""
@@ -112,8 +112,9 @@ def _reader(source: Source) -> contextlib.AbstractContextManager[BinaryIO]:
     return BytesIO(source) if isinstance(source, bytes) else contextlib.nullcontext(source)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

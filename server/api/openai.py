@@ -89,6 +89,7 @@ class SteeringHandler:
     async def _stream(self, chunks: AsyncIterator[str], prepared: Prepared, hold: AsyncExitStack) -> AsyncIterator[str]:
         """Pull the first chunk before answering, so that a refused request gets its status and not a 200."""
         closing: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
 
         async def close() -> None:
             # The engine must have stopped using the vectors before they are let go.
@@ -97,8 +98,13 @@ class SteeringHandler:
 
         def close_once() -> asyncio.Task[None]:
             nonlocal closing
-            closing = closing or asyncio.get_running_loop().create_task(close())
+            closing = closing or loop.create_task(close())
             return closing
+
+        def abandoned() -> None:
+            # The collector may run in any thread, and at the end of the process.
+            if closing is None and not loop.is_closed():
+                loop.call_soon_threadsafe(close_once)
 
         try:
             first = await anext(chunks)
@@ -108,7 +114,7 @@ class SteeringHandler:
             raise
         stream = self._chunks(first, chunks, prepared, close_once)
         # A client that left before the first byte leaves a generator that never runs its `finally`.
-        weakref.finalize(stream, asyncio.get_running_loop().call_soon_threadsafe, close_once)
+        weakref.finalize(stream, abandoned)
         return stream
 
     async def _chunks(

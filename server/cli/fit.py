@@ -64,7 +64,6 @@ def caa(
 ) -> None:
     """Contrastive activation addition: the mean difference, or the first principal component, of pairs of texts."""
     from server.api.errors import ApiError
-    from server.engine.frontend import EngineStartError
     from server.fits import FitSpec
     from server.models import ModelError
     from steering_store.errors import StoreError
@@ -73,7 +72,7 @@ def caa(
         body = {
             "method": "caa",
             "name": name,
-            "pairs": [json.loads(line) for line in pairs.read_text("utf-8").splitlines() if line.strip()],
+            "pairs": _read_pairs(pairs),
             "options": {
                 "variant": variant,
                 "pooling": pooling,
@@ -88,12 +87,12 @@ def caa(
     except ValidationError as error:
         first = error.errors()[0]
         _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 2)
-    except ValueError as error:
-        _fail(f"{pairs}: {error}", 2)
     reporter = Reporter()
     try:
         artifact = _remote(url, spec, reporter) if url else asyncio.run(_local(spec, model, data_dir, reporter))
-    except (ApiError, StoreError, ModelError, EngineStartError, httpx.HTTPError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        _fail(f"{url}: {error}; start a server there, or correct --url", 1)
+    except (ApiError, StoreError, ModelError) as error:
         _fail(str(error), 1)
     typer.echo(json.dumps(artifact) if as_json else f"published {artifact['artifact']}")
 
@@ -106,12 +105,29 @@ def _fail(message: str, code: int) -> Any:
 def _layers(text: str) -> list[int]:
     """`10-12,20` is [10, 11, 12, 20]."""
     layers: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        layers += range(int(first), int(last or first) + 1)
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        layers = []
     if not layers:
-        raise ValueError(f"layers {text!r} hold none: write them as 10-19 or 12,13")
+        raise typer.BadParameter(f"{text!r} names no layers: write them as 10-19 or 12,13", param_hint="--layers")
     return layers
+
+
+def _read_pairs(file: Path) -> list[Any]:
+    rows = []
+    try:
+        lines = file.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file} is not UTF-8: {error.reason}", param_hint="--pairs") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise typer.BadParameter(f"{file}, line {number}, is not JSON: {error}", param_hint="--pairs") from None
+    return rows
 
 
 def _remote(url: str, spec: FitSpec, reporter: Reporter) -> dict[str, Any]:
@@ -138,12 +154,16 @@ def _remote(url: str, spec: FitSpec, reporter: Reporter) -> dict[str, Any]:
 def _checked(response: httpx.Response) -> dict[str, Any]:
     from server.api.errors import ApiError
 
-    if response.is_error:
-        is_json = response.headers.get("content-type", "").startswith("application/json")
-        error = response.json()["error"] if is_json else {"message": response.text, "param": None}
-        raise ApiError(response.status_code, error["message"], error["param"])
-    body: dict[str, Any] = response.json()
-    return body
+    try:
+        body: dict[str, Any] = response.json()
+        if response.is_success and body["object"] == "fit":
+            return body
+        error = body["error"]
+        refusal = ApiError(response.status_code, str(error["message"]), error.get("param"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        told = f"{response.url} answered {response.status_code}, and not as polyhelm does: {response.text[:200]}"
+        refusal = ApiError(response.status_code, told)
+    raise refusal
 
 
 async def _local(spec: FitSpec, model: str, data_dir: Path, reporter: Reporter) -> dict[str, Any]:
@@ -160,9 +180,12 @@ async def _local(spec: FitSpec, model: str, data_dir: Path, reporter: Reporter) 
     store = open_store(settings)
     args = frontend.parse_args(resolved, settings, [])
     reporter.step("starting the engine")
-    async with frontend.open_engine(args) as engine:
-        publication = await run_fit(
-            spec, engine, store, model_identity(resolved.path), datetime.now(UTC), reporter.progress(spec.name)
-        )
+    try:
+        async with frontend.open_engine(args) as engine:
+            publication = await run_fit(
+                spec, engine, store, model_identity(resolved.path), datetime.now(UTC), reporter.progress(spec.name)
+            )
+    except frontend.EngineStartError as error:
+        _fail(str(error), 1)
     version = publication.version
     return {"artifact": version.ref, "digest": version.digest, "metrics": version.manifest.metrics}
