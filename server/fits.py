@@ -93,7 +93,7 @@ async def tokenize(spec: FitSpec, engine: Engine) -> list[tuple[list[int], list[
     least, most = 2 if spec.options.pooling == "mean" else 1, engine.max_model_len - 1
     for index, ids in enumerate(encoded):
         if not least <= len(ids) <= most:
-            where = f"pairs[{index // 2}].{'negative' if index % 2 else 'positive'}"
+            where = f"pairs.{index // 2}.{'negative' if index % 2 else 'positive'}"
             raise ApiError(422, f"{where}: {len(ids)} tokens; this model and pooling take {least} to {most}", where)
     return list(zip(encoded[0::2], encoded[1::2], strict=True))
 

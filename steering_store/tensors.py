@@ -81,12 +81,19 @@ def check_tensors(manifest: Manifest, paths: Mapping[str, Path]) -> None:
             tensors = read_header(stream, file)
             _check_against(manifest, file, tensors)
             for name, entry in tensors.items():
+                nothing = True
                 for values in _values(stream, entry):
+                    nothing = nothing and not values.any()
                     if not np.isfinite(values).all():
                         raise InvalidTensor(
                             f"file {file!r}: tensor {name!r} holds NaN, infinity or values beyond float32; refit it",
                             "files",
                         )
+                if nothing:
+                    raise InvalidTensor(
+                        f"file {file!r}: tensor {name!r} is all zeros and would steer nothing; leave its site out",
+                        "files",
+                    )
 
 
 def read_tensors(source: Path | bytes) -> dict[str, Float32]:

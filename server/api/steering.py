@@ -165,7 +165,7 @@ class Steerer:
         artifacts: dict[str, ArtifactVersion] = {}
         edits, applied = [], []
         for index, intervention in enumerate(steering.interventions):
-            where = f"steering.interventions[{index}]"
+            where = f"steering.interventions.{index}"
             version = self._resolve(intervention.artifact, f"{where}.artifact")
             self._check_model(version, f"{where}.artifact")
             layers = self._layers(intervention, version, where)
@@ -265,6 +265,6 @@ def parse(raw: object) -> Steering:
         return Steering.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        param = "steering" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        param = ".".join(map(str, ("steering", *first["loc"])))
         remedy = "remove it" if first["type"] == "extra_forbidden" else "see GET /v1/capabilities and the documentation"
         raise ApiError(422, f"{param}: {first['msg']}; {remedy}", param) from None

@@ -91,11 +91,14 @@ class Span:
         """
         for position in self.prompt_positions + self.exclude_prompt_positions:
             if not -prompt_len <= position < prompt_len:
-                raise SpanError(f"position {position} is outside the prompt of {prompt_len} tokens")
+                raise SpanError(
+                    f"position {position} is outside the prompt of {prompt_len} tokens; "
+                    f"use {-prompt_len} to {prompt_len - 1}"
+                )
         if not clip(self.intervals(prompt_len), 0, prompt_len + max_tokens - 1):
             raise SpanError(
-                f"the span is empty for a prompt of {prompt_len} tokens and max_tokens={max_tokens} "
-                "(the last generated token never runs through the model)"
+                f"the span is empty for a prompt of {prompt_len} tokens and max_tokens={max_tokens}; widen it, or "
+                "raise max_tokens (the last generated token never runs through the model)"
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -215,6 +215,9 @@ class Router:
 
 def _pieces(row: _Row, start: int, position: int, tokens: int) -> list[_Piece]:
     """Cut rows [start, start + tokens) where the set of active edits changes. Rows without an edit are left out."""
+    if tokens == 1:  # decode, where this runs for every request in every step
+        active = tuple(m for m, each in enumerate(row.intervals) if any(a <= position < b for a, b in each))
+        return [_Piece(row, start, start + 1, int(position >= (row.counted or 0)), active)] if active else []
     end = position + tokens
     clipped = [clip(intervals, position, end) for intervals in row.intervals]
     cuts = sorted({position, end, *(edge for each in clipped for interval in each for edge in interval)})

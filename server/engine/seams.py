@@ -206,19 +206,23 @@ def _patch_admission() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
+    class Refused(VLLMValidationError):
+        """vLLM answers it as 400; its own class would append the field to the message."""
+
+        def __str__(self) -> str:
+            return str(self.args[0])
+
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             extra = getattr(params, "extra_args", None) or {}
             for key, value in extra.items():
                 if key.startswith("polyhelm") and not isinstance(value, bytes):
-                    raise VLLMValidationError(
-                        f"vllm_xargs may not hold {key!r}: use the 'steering' field", parameter="vllm_xargs"
-                    )
+                    raise Refused(f"vllm_xargs may not hold {key!r}: use the 'steering' field", parameter="vllm_xargs")
             request = original(self, request_id, prompt, params, *args, **kwargs)
             program = program_of(params)
             if program is not None:
                 if request.resumable or request.prompt_token_ids is None:
-                    raise VLLMValidationError("steering needs a prompt of tokens", parameter="steering")
+                    raise Refused("steering needs a prompt of tokens", parameter="steering")
                 _check_spans(program, len(request.prompt_token_ids), request.sampling_params.max_tokens)
             return request
 
@@ -229,6 +233,6 @@ def _patch_admission() -> None:
             try:
                 edit.span.check(prompt_len, max_tokens)
             except SpanError as error:
-                raise VLLMValidationError(str(error), parameter=f"steering.interventions[{index}].apply") from error
+                raise Refused(str(error), parameter=f"steering.interventions.{index}.apply") from error
 
     _wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), make)

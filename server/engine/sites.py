@@ -96,7 +96,7 @@ def _steered(forward: Callable[..., Any], site: int, bank: Bank, router: Router)
         work = works[site]
         if work is not None:
             hidden, residual = stream(output)
-            apply(work, vectors, inverse_norms, hidden, residual, router.touched[site])
+            apply(site, work, vectors, inverse_norms, hidden, residual, router.touched[site])
         return output
 
     return steered

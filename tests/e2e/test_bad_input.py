@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 FILE = "vectors.safetensors"
-FIRST = "steering.interventions[0]"
+FIRST = "steering.interventions.0"
 ONE = {"artifact": "one"}
 PAIRS = [{"positive": "a good day", "negative": "a bad day"}] * 3
 FIT = {"method": "caa", "name": "refused", "pairs": PAIRS}
@@ -139,7 +139,7 @@ def steering(**fields: Any) -> dict[str, Any]:
         ),
         pytest.param(
             {"interventions": [ONE, {"artifact": "two", "strength": "x"}]},
-            "steering.interventions[1].strength",
+            "steering.interventions.1.strength",
             ["number"],
             id="second intervention",
         ),
@@ -179,7 +179,7 @@ def test_number_too_large_for_json_readers_is_422(server: Server) -> None:
 def test_bad_reference_names_the_intervention(server: Server, reference: Any, status: int, word: str) -> None:
     value = {"interventions": [ONE, {"artifact": reference}]}
     response = post(server, "/v1/completions", completion(value))
-    assert_refused(response, status, "steering.interventions[1].artifact", word)
+    assert_refused(response, status, "steering.interventions.1.artifact", word)
 
 
 def test_missing_reference_is_422(server: Server) -> None:
@@ -365,7 +365,7 @@ def memory(server: Server) -> int:
         ({"pairs": "good, bad"}, "pairs", ["list"]),
         ({"pairs": [*PAIRS, {"positive": "", "negative": "x"}]}, "pairs.3.positive", ["at least 1 character"]),
         ({"pairs": [*PAIRS, {"positive": "x"}]}, "pairs.3.negative", ["required"]),
-        ({"pairs": [*PAIRS, {"positive": "x", "negative": "a b " * 3000}]}, "pairs[3].negative", ["1 to 2047"]),
+        ({"pairs": [*PAIRS, {"positive": "x", "negative": "a b " * 3000}]}, "pairs.3.negative", ["1 to 2047"]),
         ({"pairs": [*PAIRS, {"positive": "x", "negative": "\ud800"}]}, "pairs.3.negative", ["unicode"]),
         ({"method": "sadi"}, "method", ["'caa'"]),
         ({"options": {"poling": "last"}}, "options.poling", ["remove it"]),

@@ -122,7 +122,7 @@ def test_refusal_reaches_the_official_client_as_its_own_exception(server: Server
                 model=server.model, prompt=PROMPT, stream=stream, extra_body=extra({"artifact": "nobody"})
             )
         assert error.value.status_code == 404
-        assert error.value.param == "steering.interventions[0].artifact"
+        assert error.value.param == "steering.interventions.0.artifact"
 
 
 @pytest.mark.parametrize(

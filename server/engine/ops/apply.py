@@ -61,6 +61,8 @@ class SiteWork:
     count_value: np.ndarray
     """Tokens to add to each of them [n]."""
     captures: list[CaptureSlice] = field(default_factory=list)
+    deltas: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By site: what one-row segments add, which stays the same for as long as the batch is laid out the same way."""
 
 
 def prepare(
@@ -95,6 +97,7 @@ def _stage(segments: tuple[Segment, ...], k: int, device: torch.device) -> Stage
 
 
 def apply(
+    site: int,
     work: SiteWork,
     vectors: torch.Tensor,
     inverse_norms: torch.Tensor,
@@ -109,7 +112,7 @@ def apply(
     `inverse_norms` [slots] float32 are the bank's rows of this site; `touched` is the site's flattened counters.
     """
     if work.rows is not None:
-        _apply_rows(work, vectors, inverse_norms, hidden, residual)
+        _apply_rows(site, work, vectors, inverse_norms, hidden, residual)
     else:
         for segment in work.segments:
             _apply_segment(segment, vectors, inverse_norms, hidden, residual)
@@ -119,12 +122,34 @@ def apply(
 
 
 def _apply_rows(
+    site: int,
     work: SiteWork,
     vectors: torch.Tensor,
     inverse_norms: torch.Tensor,
     hidden: torch.Tensor | None,
     residual: torch.Tensor,
 ) -> None:
+    rows = work.rows
+    delta = work.deltas.get(site)
+    if delta is None:
+        delta = _delta(work, vectors, inverse_norms, hidden, residual)
+        if not any(stage.is_norm is not None for stage in work.stages):
+            work.deltas[site] = delta
+    if isinstance(rows, slice):
+        residual[rows].add_(delta)
+    else:
+        assert rows is not None
+        residual.index_copy_(0, rows, (residual.index_select(0, rows) + delta).to(residual.dtype))
+
+
+def _delta(
+    work: SiteWork,
+    vectors: torch.Tensor,
+    inverse_norms: torch.Tensor,
+    hidden: torch.Tensor | None,
+    residual: torch.Tensor,
+) -> torch.Tensor:
+    """What to add to each of the rows, float32 [segments, hidden]."""
     rows = work.rows
     delta: torch.Tensor | None = None
     for stage in work.stages:
@@ -143,11 +168,7 @@ def _apply_rows(
             delta = step.new_zeros(len(work.segments), step.shape[1]) if delta is None else delta
             delta = delta.add_(step) if stage.members is None else delta.index_add_(0, stage.members, step)
     assert delta is not None
-    if isinstance(rows, slice):
-        residual[rows].add_(delta)
-    else:
-        assert rows is not None
-        residual.index_copy_(0, rows, (residual.index_select(0, rows) + delta).to(residual.dtype))
+    return delta
 
 
 def _apply_segment(

@@ -122,7 +122,7 @@ def test_excludes_alone_leave_everything_else_in(steerer: Steerer) -> None:
 )
 def test_bad_span_names_its_field(apply: Any, param: str) -> None:
     error = refusal({"interventions": [{"artifact": "mood"}, {"artifact": "mood", "apply": apply}]})
-    assert error.param == f"steering.interventions[1].{param}"
+    assert error.param == f"steering.interventions.1.{param}"
     assert error.message.startswith(error.param)
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_applied_is_refused(
     publish(store)
     with pytest.raises(ApiError, match=r".") as error:
         prepare(steerer, {}, {field: value})
-    assert (error.value.status, error.value.param) == (422, f"steering.interventions[1].{param}")
+    assert (error.value.status, error.value.param) == (422, f"steering.interventions.1.{param}")
     assert word in error.value.message
 
 
@@ -206,7 +206,7 @@ def test_artifact_that_is_not_there_names_its_intervention(
     publish(store)
     with pytest.raises(error) as raised:
         prepare(steerer, {}, {"artifact": reference})
-    assert raised.value.param == "steering.interventions[1].artifact"  # type: ignore[attr-defined]
+    assert raised.value.param == "steering.interventions.1.artifact"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_artifact_of_another_model_is_409(store: Store, steerer: Steerer, model:
     publish(store, model=model)
     with pytest.raises(ApiError, match=word) as error:
         prepare(steerer)
-    assert (error.value.status, error.value.param) == (409, "steering.interventions[0].artifact")
+    assert (error.value.status, error.value.param) == (409, "steering.interventions.0.artifact")
 
 
 def test_matching_by_shape_takes_other_weights_but_no_other_architecture(store: Store, steerer: Steerer) -> None:

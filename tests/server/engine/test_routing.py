@@ -83,7 +83,13 @@ def step(router: Router, batch: list[tuple[Request, int]], dtype: torch.dtype, p
         work = router.works[site]
         if work is not None:
             apply(
-                work, router.bank.vectors[site], router.bank.inverse_norms[site], hidden, residual, router.touched[site]
+                site,
+                work,
+                router.bank.vectors[site],
+                router.bank.inverse_norms[site],
+                hidden,
+                residual,
+                router.touched[site],
             )
         after = residual.float() + (0 if hidden is None else hidden.float())
         row = 0
@@ -249,6 +255,7 @@ def test_captures_sum_over_chunks(bank: Bank, chunks: list[int]) -> None:
                 rows = slice(position, position + tokens)
                 padding = torch.full((2, HIDDEN), 99.0)
                 apply(
+                    site,
                     work,
                     bank.vectors[site],
                     bank.inverse_norms[site],
