@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 if TYPE_CHECKING:
@@ -134,8 +135,11 @@ def test_crash_and_stop_in_the_middle_of_a_fit_lose_nothing(
         job = submit(server, pairs * 20, "interrupted")
         while server.client.get(f"/v1/fits/{job['id']}").json()["progress"]["done"] < 20:
             time.sleep(0.05)
+        engine = psutil.Process(server.process.pid).children(recursive=True)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
+        _, left = psutil.wait_procs(engine, timeout=30)
+        assert not left, "an engine outlives its server"
 
     started = time.monotonic()
     with start_server(data_dir) as server:
