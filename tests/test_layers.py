@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("server", "methods", "steering_store", "kb")
 WEB = ("fastapi", "starlette")
 ALLOWED_OF_OURS = {"methods": {"methods", "server.engine.edits"}, "steering_store": {"steering_store"}, "kb": {"kb"}}
-PAGES = [page for page in (ROOT / "ARCHITECTURE.md", ROOT / "docs" / "architecture.md") if page.is_file()]
 
 
 def imported(file: Path) -> set[str]:
@@ -86,20 +85,20 @@ def test_mypy_checks_every_pure_package() -> None:
     assert [package for package in ALLOWED_OF_OURS if files(package) and package not in checked] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_folder_of_the_map_exists(page: Path) -> None:
-    blocks = re.findall(r"^## Folders\n.*?^```\n(.*?)^```", page.read_text("utf-8"), re.S | re.M)
-    assert len(blocks) == 1
+def test_every_folder_and_module_of_the_map_exists() -> None:
+    (block,) = re.findall(r"^## The map\n.*?^```\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.S | re.M)
     parents: list[tuple[int, Path]] = []
     missing = []
-    for line in blocks[0].splitlines():
-        match = re.match(r"( *)([\w.-]+)/(?:\s|$)", line)
-        if match is None:
-            continue
-        indent = len(match[1])
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
         parents = [(depth, folder) for depth, folder in parents if depth < indent]
-        folder = (parents[-1][1] if parents else ROOT) / match[2]
-        parents.append((indent, folder))
-        if not folder.is_dir():
-            missing.append(str(folder.relative_to(ROOT)))
+        here = parents[-1][1] if parents else ROOT
+        for name in re.findall(r"[a-z_]+\.py", line):
+            if not any(here.rglob(name)):
+                missing.append(f"{here.name}/{name}")
+        if match := re.match(r" *([\w.-]+)/(?:\s|$)", line):
+            folder = here / match[1]
+            parents.append((indent, folder))
+            if not folder.is_dir():
+                missing.append(str(folder.relative_to(ROOT)))
     assert missing == []

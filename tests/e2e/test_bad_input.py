@@ -96,11 +96,11 @@ def steering(**fields: Any) -> dict[str, Any]:
         pytest.param(steering(strength=float("inf")), f"{FIRST}.strength", ["inf", "finite"], id="strength infinite"),
         pytest.param(steering(strength=1e30), f"{FIRST}.strength", ["at most 10000"], id="strength 1e30"),
         pytest.param(steering(strength=10**400), f"{FIRST}.strength", ["number"], id="strength beyond float64"),
-        pytest.param(steering(layers=[-1]), f"{FIRST}.layers[0]", ["greater than or equal to 0"], id="layer negative"),
+        pytest.param(steering(layers=[-1]), f"{FIRST}.layers.0", ["greater than or equal to 0"], id="layer negative"),
         pytest.param(steering(layers=[10, 99]), f"{FIRST}.layers", ["[99]", "10 to 12"], id="layer out of range"),
         pytest.param(steering(layers=[9]), f"{FIRST}.layers", ["[9]", "10 to 12"], id="layer not in the artifact"),
         pytest.param(steering(layers=[]), f"{FIRST}.layers", ["at least 1"], id="layers empty"),
-        pytest.param(steering(layers=[10, 11.0]), f"{FIRST}.layers[1]", ["integer"], id="layer float"),
+        pytest.param(steering(layers=[10, 11.0]), f"{FIRST}.layers.1", ["integer"], id="layer float"),
         pytest.param(steering(layers=10), f"{FIRST}.layers", ["list"], id="layers not a list"),
         pytest.param(steering(op="scale"), f"{FIRST}.op", ["'add' or 'add_norm'"], id="unknown op"),
         pytest.param(steering(apply="all"), f"{FIRST}.apply", ["dictionary"], id="apply string"),
@@ -111,7 +111,7 @@ def steering(**fields: Any) -> dict[str, Any]:
             steering(apply={"generation_window": [7, 3]}), f"{FIRST}.apply", ["generation_window [7, 3]"], id="[7,3]"
         ),
         pytest.param(
-            steering(apply={"prompt_window": [7]}), f"{FIRST}.apply.prompt_window[1]", ["required"], id="window [7]"
+            steering(apply={"prompt_window": [7]}), f"{FIRST}.apply.prompt_window.1", ["required"], id="window [7]"
         ),
         pytest.param(
             steering(apply={"prompt_window": [1, 2, 3]}),
@@ -121,7 +121,7 @@ def steering(**fields: Any) -> dict[str, Any]:
         ),
         pytest.param(
             steering(apply={"generation_window": [-1, 3]}),
-            f"{FIRST}.apply.generation_window[0]",
+            f"{FIRST}.apply.generation_window.0",
             ["greater than or equal to 0"],
             id="generation window negative",
         ),
@@ -133,7 +133,7 @@ def steering(**fields: Any) -> dict[str, Any]:
         ),
         pytest.param(
             steering(apply={"prompt_positions": [0.5]}),
-            f"{FIRST}.apply.prompt_positions[0]",
+            f"{FIRST}.apply.prompt_positions.0",
             ["integer"],
             id="position float",
         ),
