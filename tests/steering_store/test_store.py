@@ -65,12 +65,12 @@ def test_several_files_and_dtypes_make_one_artifact(store: Store, manifest: Cont
     manifest["sites"].append(site | {"layer": 3, "file": "more.safetensors", "tensor": "layer.3", "dtype": "F16"})
     files = {
         "more.safetensors": save({"layer.3": np.ones(8, np.float16)}),
-        FILE: save({"layer.2": np.zeros(8, np.float32)}),
+        FILE: save({"layer.2": np.full(8, 2, np.float32)}),
     }
     version = store.publish("mood", manifest, files).version
     assert [entry.path for entry in version.manifest.files] == ["more.safetensors", FILE]
     assert {name: float(value.sum()) for name, value in store.load_tensors(version).items()} == {
-        "layer.2": 0.0,
+        "layer.2": 16.0,
         "layer.3": 8.0,
     }
 

@@ -31,7 +31,7 @@ def publish(store, name, fill):
 
 PUBLISH_SIX = """
 store = Store(root)
-for fill in (0, *range(first, first + 5)):
+for fill in (-1, *range(first, first + 5)):
     print(publish(store, "shared", fill).ref, flush=True)
 """
 

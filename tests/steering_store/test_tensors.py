@@ -68,6 +68,11 @@ def test_non_finite_value_is_refused_and_its_tensor_named(parsed: Manifest, tmp_
         check(parsed, tmp_path / "f", save({"layer.2": values}))
 
 
+def test_a_vector_of_zeros_is_refused_as_it_would_steer_nothing(parsed: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(InvalidTensor, match="'layer.2' is all zeros"):
+        check(parsed, tmp_path / "f", save({"layer.2": np.zeros(8, np.float32)}))
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [("F16", 0x7C00), ("BF16", 0x7FC0)])
 def test_non_finite_value_of_16_bits_is_refused(
     manifest: dict[str, Any], tmp_path: Path, dtype: str, bits: int
