@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from server import __version__
 from server.cli import artifact, doctor, fit, serve
+
+# Standard output is for results. Read by vLLM when it is imported, in this process and in the engine's.
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+# vLLM would send usage statistics and keep a file of them in the home folder.
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 app = typer.Typer(name="polyhelm", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(artifact.app, name="artifact")

@@ -136,10 +136,21 @@ def _summary(version: ArtifactVersion) -> dict[str, Any]:
 
 def _cells(version: ArtifactVersion) -> tuple[str, ...]:
     manifest = version.manifest
-    layers = ",".join(str(site.layer) for site in manifest.sites)
+    layers = _ranges(sorted(site.layer for site in manifest.sites))
     model = manifest.model.name or manifest.model.architecture
     published = version.created_at.strftime("%Y-%m-%d %H:%M")
     return version.ref, manifest.kind, layers, model, version.digest[:19], published
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] is `0-2,5`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -180,6 +180,17 @@ def test_command_line_fits_on_a_running_server(server: Server, pairs_file: str) 
     assert (manifest["description"], manifest["provenance"]["data"]["name"]) == ("by hand", "pairs.jsonl")
 
 
+def test_command_line_fits_without_a_server_and_prints_only_the_result(
+    models: Path, pairs_file: str, tmp_path: Path
+) -> None:
+    (tmp_path / "models").symlink_to(models)
+    options = ("--data-dir", str(tmp_path), "--variant", "pca", "--json")
+    done = polyhelm("fit", "caa", "--pairs", pairs_file, "--name", "alone", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["artifact"] == "alone@1"
+    assert polyhelm("artifact", "verify", "alone@1", "--data-dir", str(tmp_path)).returncode == 0
+
+
 def test_command_line_reads_the_data_folder_of_a_running_server(server: Server) -> None:
     folder = ("--data-dir", str(server.data_dir), "--json")
     listed = polyhelm("artifact", "list", *folder)
