@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,18 +38,27 @@ class Result(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The results [rounds][requests], and how often the scheduler preempted a request."""
+    """The results [rounds][requests], how often the scheduler preempted a request, and what was captured.
+
+    `captures` has, for each text and pooling, `<index>-<pooling>-mean` [layers, hidden] and `-norm` [layers].
+    """
 
     rounds: list[list[Result]]
     preemptions: int
+    captures: dict[str, np.ndarray]
 
 
 def run_engine(
-    folder: Path, vectors: dict[str, np.ndarray], rounds: list[list[Request]], engine: dict[str, Any]
+    folder: Path,
+    vectors: dict[str, np.ndarray],
+    rounds: list[list[Request]],
+    engine: dict[str, Any],
+    texts: Sequence[list[int]] = (),
 ) -> Run:
-    """`vectors` are float32 [layers, hidden] by bank key."""
+    """`vectors` are float32 [layers, hidden] by bank key; `texts` are token ids whose activations are captured."""
     job = {
         "engine": engine,
+        "texts": texts,
         "rounds": [
             [{**each._asdict(), "edits": [edit.to_json() for edit in each.edits]} for each in r] for r in rounds
         ],
@@ -58,7 +68,8 @@ def run_engine(
     child = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=900)
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-6000:]
     answer = json.loads((folder / "results.json").read_text())
-    return Run([[Result(**each) for each in results] for results in answer["rounds"]], answer["preemptions"])
+    results = [[Result(**each) for each in results] for results in answer["rounds"]]
+    return Run(results, answer["preemptions"], dict(np.load(folder / "captures.npz")))
 
 
 def main(folder: Path) -> None:
@@ -85,6 +96,7 @@ def main(folder: Path) -> None:
         llm.collective_rpc("polyhelm_load", args=(key, slot, list(range(len(data))), data.astype("<f4").tobytes()))
     preemptions = count_preemptions(llm)
     rounds = [run_round(llm, index, requests) for index, requests in enumerate(job["rounds"])]
+    np.savez(folder / "captures.npz", **captures(llm, job["texts"]))
     (folder / "results.json").write_text(json.dumps({"rounds": rounds, "preemptions": len(preemptions)}))
 
 
@@ -135,6 +147,31 @@ def run_round(llm: Any, index: int, requests: list[dict[str, Any]]) -> list[dict
         }
         for number, output in enumerate(outputs)
     ]
+
+
+def captures(llm: Any, texts: list[list[int]]) -> dict[str, np.ndarray]:
+    from vllm import SamplingParams
+
+    from server.engine.seams import CAPTURE, RECEIPT
+
+    names = [f"{index}-{pooling}" for index in range(len(texts)) for pooling in ("last", "mean")]
+    params = [
+        SamplingParams(
+            max_tokens=1,
+            detokenize=False,
+            skip_reading_prefix_cache=True,
+            extra_args={CAPTURE: name.partition("-")[2].encode(), RECEIPT: name.encode()},
+        )
+        for name in names
+    ]
+    llm.generate([{"prompt_token_ids": ids} for ids in texts for _ in range(2)], params, use_tqdm=False)
+    (captured,) = llm.collective_rpc("polyhelm_captures", args=(names,))
+    arrays: dict[str, np.ndarray] = {}
+    for name, each in zip(names, captured, strict=True):
+        norm = np.frombuffer(each["norm"], np.float32)
+        arrays[f"{name}-norm"] = norm
+        arrays[f"{name}-mean"] = np.frombuffer(each["mean"], np.float32).reshape(len(norm), -1)
+    return arrays
 
 
 def chosen(tokens: list[int], logprobs: list[dict[int, Any] | None] | None) -> list[float]:

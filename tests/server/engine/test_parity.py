@@ -99,8 +99,11 @@ def check(model: torch.nn.Module, folder: Path, job: Path) -> None:
     requests = [Request(prompts[name], edits, NEW_TOKENS, prompt_logprobs=True) for name, edits in cases.items()]
     # Chunks shorter than the prompt, so that prompts are split and mixed with decodes.
     engine = {"model": str(folder), "max_model_len": 256, "max_num_seqs": 16, "max_num_batched_tokens": 64}
-    ((*results,),) = run_engine(job, vectors, [requests], engine).rounds
+    texts = list(prompts.values())[:2]
+    run = run_engine(job, vectors, [requests], engine, texts)
+    ((*results,),) = run.rounds
     model.eval()
+    check_captures(model, texts, run.captures)
     for (name, edits), result in zip(cases.items(), results, strict=True):
         ids = prompts[name] + result.tokens
         found = result.prompt_logprobs + result.logprobs
@@ -112,6 +115,29 @@ def check(model: torch.nn.Module, folder: Path, job: Path) -> None:
             moved = max(abs(a - b) for a, b in zip(found, unsteered, strict=True))
             assert moved > 10 * TOLERANCE, f"{name}: steering moved nothing, so this proves nothing"
         check_counts(edits, result, layers)
+
+
+def check_captures(model: torch.nn.Module, texts: list[list[int]], captures: dict[str, np.ndarray]) -> None:
+    """The residual stream after each layer is what transformers' decoder layer returns."""
+    seen: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+        for layer in model.model.layers
+    ]
+    for index, ids in enumerate(texts):
+        seen.clear()
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+        x = torch.stack([each.reshape(len(ids), -1) for each in seen])
+        for pooling, tokens in (("last", x[:, -1:]), ("mean", x[:, 1:])):
+            mean, norm = tokens.mean(1).numpy(), tokens.norm(dim=2).mean(1).numpy()
+            np.testing.assert_allclose(captures[f"{index}-{pooling}-norm"], norm, rtol=1e-3)
+            error = np.linalg.norm(captures[f"{index}-{pooling}-mean"] - mean, axis=1)
+            assert (error < 1e-3 * np.linalg.norm(mean, axis=1)).all(), f"captured {pooling} differs by {error}"
+    for handle in handles:
+        handle.remove()
 
 
 def check_counts(edits: tuple[Edit, ...], result: Result, layers: int) -> None:
