@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,25 +30,6 @@ END = 1 << 62
 
 class SpanError(ValueError):
     """A span that can't act on the prompt and generation it was given."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Site:
-    """A place in the model, written `resid_post.14`."""
-
-    point: Point
-    layer: int
-
-    def __str__(self) -> str:
-        return f"{self.point}.{self.layer}"
-
-    @classmethod
-    def parse(cls, text: str) -> Site:
-        """Read `resid_post.14` or TransformerLens' `blocks.14.hook_resid_post`; ValueError otherwise."""
-        match = re.fullmatch(r"resid_post\.(\d{1,6})|blocks\.(\d{1,6})\.hook_resid_post", text)
-        if match is None:
-            raise ValueError(f"unknown site {text!r}: write it as 'resid_post.<layer>'; points are {', '.join(POINTS)}")
-        return cls("resid_post", int(match[1] or match[2]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.edits import END, Edit, Program, Site, Span, SpanError, clip
+from server.engine.edits import END, Edit, Program, Span, SpanError, clip
 
 POSITION = st.integers(-12, 12)
 WINDOW = st.none() | st.tuples(POSITION, st.none() | POSITION)
@@ -133,14 +133,3 @@ def test_a_span_that_can_act_is_accepted() -> None:
 
 def test_clip_keeps_what_is_inside() -> None:
     assert clip(((0, 4), (8, END)), 3, 10) == ((3, 4), (8, 10))
-
-
-@pytest.mark.parametrize("text", ["resid_post.14", "blocks.14.hook_resid_post"])
-def test_sites_are_read_in_both_spellings(text: str) -> None:
-    assert str(Site.parse(text)) == "resid_post.14"
-
-
-@pytest.mark.parametrize("text", ["resid_post", "resid_post.-1", "mlp.3", "resid_post.1.2", "blocks.1.hook_mlp_out"])
-def test_unknown_sites_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="unknown site"):
-        Site.parse(text)
