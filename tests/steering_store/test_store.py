@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -244,3 +247,21 @@ def test_only_stale_leftovers_are_swept_at_open(store: Store, tmp_path: Path) ->
     os.utime(old, (time.time() - 3700,) * 2)
     Store(tmp_path / "artifacts")
     assert (old.exists(), fresh.exists()) == (False, True)
+
+
+def test_a_version_published_by_another_process_is_resolved_at_once(
+    store: Store, manifest: Content, vectors: Vectors, tmp_path: Path
+) -> None:
+    """What is remembered of earlier lookups must not outlive a commit of anybody."""
+    store.publish("mood", manifest, vectors(1.0))
+    assert store.resolve("mood").version == 1
+    assert store.resolve("mood") is store.resolve("mood"), "nothing is remembered: this proves nothing"
+    code = (
+        "import json, sys; from pathlib import Path; from steering_store import Store; "
+        "Store(Path(sys.argv[1])).publish('mood', json.loads(sys.argv[2]), {sys.argv[3]: sys.stdin.buffer.read()})"
+    )
+    (content,) = vectors(2.0).values()
+    arguments = [sys.executable, "-c", code, str(tmp_path / "artifacts"), json.dumps(manifest), FILE]
+    subprocess.run(arguments, input=content, check=True)
+    assert store.resolve("mood").version == 2
+    assert store.resolve("mood@1").version == 1
