@@ -87,8 +87,9 @@ class FitJobs:
         job = FitJob(
             id=f"fit-{uuid.uuid4().hex[:16]}", name=spec.name, method=spec.method, created_at=datetime.now(UTC)
         )
-        self._records[job.id] = record = _Record(job=job, spec=spec)
+        record = _Record(job=job, spec=spec)
         await run_in_threadpool(self._save, record)
+        self._records[job.id] = record
         self._queue.put_nowait(job.id)
         return job
 

@@ -27,7 +27,7 @@ from steering_store.manifest import Language
 if TYPE_CHECKING:
     from server.engine.client import Engine
 
-METHODS = {"caa"}
+Method = Literal["caa"]
 CONCURRENT_CAPTURES = 32
 Progress = Callable[[int, int], None]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
@@ -70,7 +70,7 @@ class Data(_Part):
 class FitSpec(_Part):
     """What to fit, from what, and the name to publish it under."""
 
-    method: Literal["caa"]
+    method: Method
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     pairs: Annotated[list[Pair], Field(min_length=2)]
     options: CaaOptions = CaaOptions()

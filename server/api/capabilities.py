@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from server import __version__
 from server.api.errors import EnvelopeRoute
 from server.engine.edits import OPCODES, POINTS
-from server.fits import METHODS
+from server.fits import Method
+from steering_store.manifest import Kind
 
 router = APIRouter(tags=["capabilities"], route_class=EnvelopeRoute)
 
@@ -42,8 +43,8 @@ async def get_capabilities(request: Request) -> Capabilities:
         hidden_size=engine.hidden_size,
         points=list(POINTS),
         opcodes=list(OPCODES),
-        methods=sorted(METHODS),
-        artifact_kinds=["steering_vector"],
+        methods=list(get_args(Method)),
+        artifact_kinds=list(get_args(Kind)),
         prefix_cache=engine.prefix_cache,
         runner=engine.runner,
         limits={

@@ -23,7 +23,6 @@ async def readyz(request: Request) -> JSONResponse:
     polyhelm = request.app.state.polyhelm
     checks = {
         "engine": "ok" if polyhelm.engine.alive else "the engine has stopped",
-        "self_check": "ok",
         "store": await run_in_threadpool(_store, polyhelm.store),
     }
     ready = all(state == "ok" for state in checks.values())

@@ -122,7 +122,7 @@ class SteeringHandler:
     ) -> AsyncIterator[str]:
         try:
             async for chunk in chunks:
-                if chunk.startswith(DONE):
+                if chunk.startswith(DONE) and not holds_error(held):
                     held = with_receipt(held, await self._receipt(prepared))
                 yield held
                 held = chunk
@@ -133,16 +133,18 @@ class SteeringHandler:
 
 def refuse_error(chunk: str) -> None:
     """Raise the ApiError that a stream's first chunk holds, if it does."""
-    if not chunk.startswith("data: {"):
-        return
-    error = json.loads(chunk.removeprefix("data: ")).get("error")
-    if error is not None:
+    if error := holds_error(chunk):
         raise ApiError(int(error.get("code") or 500), str(error.get("message")), error.get("param"))
+
+
+def holds_error(chunk: str) -> dict[str, Any] | None:
+    """The error in an SSE chunk, which vLLM sends where a stream breaks off."""
+    return json.loads(chunk.removeprefix("data: ")).get("error") if chunk.startswith("data: {") else None
 
 
 def with_receipt(chunk: str, receipt: Receipt) -> str:
     """Add the receipt to an SSE chunk; a chunk that holds an error stays as it is."""
-    body = json.loads(chunk.removeprefix("data: "))
-    if "error" in body:
+    if holds_error(chunk):
         return chunk
+    body = json.loads(chunk.removeprefix("data: "))
     return f"data: {json.dumps(body | {'steering': receipt.model_dump()}, ensure_ascii=False)}\n\n"

@@ -101,9 +101,7 @@ class Engine:
 
     @asynccontextmanager
     async def holding(self, operands: Mapping[str, Loader]) -> AsyncIterator[None]:
-        """Keep the operands of a request on the device while it runs, uploading those that are missing. Raises
-        BankFull.
-        """
+        """Keep a request's operands on the device while it runs, uploading those that are missing. Raises BankFull."""
         held: list[str] = []
         try:
             for key, load in operands.items():

@@ -1,6 +1,4 @@
-"""vLLM's `vllm.general_plugins` entry point: runs in every vLLM process, and does nothing unless polyhelm started
-it.
-"""
+"""vLLM's `vllm.general_plugins` entry point: runs in every vLLM process, and acts only where polyhelm started it."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing.process import BaseProcess
 
 ENABLED = "POLYHELM_ENGINE"
 """Set in the environment by polyhelm's server before it starts the engine, and inherited by the engine's processes."""
@@ -19,16 +18,17 @@ def register() -> None:
         from server.engine.seams import patch
 
         patch()
-        if multiprocessing.parent_process() is not None and sys.platform == "linux":
-            die_with_parent()
+        parent = multiprocessing.parent_process()
+        if parent is not None and sys.platform == "linux":
+            die_with(parent)
 
 
-def die_with_parent() -> None:
+def die_with(parent: BaseProcess) -> None:
     """Have the kernel kill this process when the one that started it is gone, however that ended.
 
     Without it an engine outlives a server that was killed, and a restarted server runs beside it.
     """
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:  # it went before we asked
+    if not parent.is_alive():  # it went before we asked
         os.kill(os.getpid(), signal.SIGKILL)

@@ -291,6 +291,7 @@ def test_error_in_the_middle_of_a_stream_is_passed_on_without_a_receipt() -> Non
     steered, _ = handler(engine, chunks=[CHUNKS[0], REFUSED, CHUNKS[2]])
     assert run(lambda: drain(steered)) == [CHUNKS[0], REFUSED, CHUNKS[2]]
     assert engine.events.count("released") == 1
+    assert "receipt" not in engine.events, "an engine that has died has none, and the error would be lost with it"
 
 
 def test_exception_in_the_middle_of_a_stream_ends_the_hold() -> None:
