@@ -1,1 +1,1 @@
-"""Methods fit artifacts from data and compile them into edits. One file per method, named after its paper."""
+"""Methods fit artifacts from data, one file per method; `kinds` says which edits an artifact of each kind becomes."""

@@ -17,14 +17,11 @@ the layers (`default_layers` says otherwise). The strength is the paper's multip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-
-from server.engine.edits import Edit, Opcode, Span
 
 Array = npt.NDArray[np.float32]
 Variant = Literal["mean_difference", "pca"]
@@ -88,14 +85,3 @@ def _agreement(differences: Array, variant: Variant) -> Array:
     ]
     share: Array = np.concatenate(agree).mean(axis=0, dtype=np.float32)
     return share
-
-
-def compile(
-    operand: str,
-    layers: Sequence[int],
-    strength: float,
-    opcode: Opcode = "add",
-    span: Span | None = None,
-) -> tuple[Edit, ...]:
-    """The edits of one intervention: `strength` times the operand's vectors at `layers`."""
-    return (Edit(opcode, operand, tuple(sorted(set(layers))), float(strength), span or Span()),)

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from server.api import artifacts, capabilities, errors, fits, health
+from server.api import activations, artifacts, capabilities, errors, fits, health
+from server.api.doses import Doses
 from server.api.middleware import JsonBodies
 from server.api.openai import SteeringHandler
+from server.api.served import ServedModel
 from server.api.steering import Steerer
 from server.demo import ensure_demo
 from server.engine import frontend
+from server.engine.spool import Spools
 from server.fit_jobs import FitJobs
-from server.models import ModelIdentity, model_identity, resolve_model
+from server.models import ResolvedModel, model_identity, resolve_model
 from server.progress import Reporter
 from server.settings import Settings
 from steering_store import Store
@@ -34,6 +37,7 @@ class Polyhelm:
     store: Store
     steerer: Steerer
     fits: FitJobs
+    captures: Spools
 
 
 async def serve(settings: Settings, engine_args: Sequence[str], report: Reporter) -> None:
@@ -44,14 +48,9 @@ async def serve(settings: Settings, engine_args: Sequence[str], report: Reporter
     args = frontend.parse_args(model, settings, engine_args)
     sock = frontend.open_socket(args)
     report.step("starting vLLM and checking that every site steers")
-    async with frontend.open_engine(args) as engine:
-        # Not before: a hub model is in the local cache only once vLLM has loaded it.
-        identity = model_identity(model.path)
-        if settings.demo:
-            await ensure_demo(engine, store, identity, report.progress)
-        polyhelm = assemble(settings, model.name, identity, engine, store)
+    async with frontend.open_engine(args, settings) as engine:
+        polyhelm = await assemble(settings, model, engine, store, report)
         app = extend(await frontend.build_vllm_app(engine, args), polyhelm)
-        polyhelm.fits.start()
         report.step(f"serving {model.name} on http://{settings.host}:{settings.port}")
         shutdown = await frontend.serve_app(app, sock, args)
     await shutdown
@@ -61,29 +60,31 @@ def open_store(settings: Settings) -> Store:
     return Store(settings.data_dir / "artifacts", max_bytes=settings.max_artifact_bytes)
 
 
-def assemble(settings: Settings, name: str, identity: ModelIdentity, engine: Engine, store: Store) -> Polyhelm:
-    steerer = Steerer(
-        store=store,
-        identity=identity,
-        layers=engine.layers,
-        hidden_size=engine.hidden_size,
-        max_interventions=engine.max_edits,
-        max_strength=settings.max_strength,
-        model_match=settings.model_match,
-    )
+async def assemble(
+    settings: Settings, model: ResolvedModel, engine: Engine, store: Store, report: Reporter
+) -> Polyhelm:
+    """What our routes need, beside a started engine. Fits the demo if asked for."""
+    # Not before: a hub model is in the local cache only once vLLM has loaded it.
+    identity = model_identity(model.path)
+    if settings.demo:
+        await ensure_demo(engine, store, identity, report.progress)
+    served = ServedModel(identity, engine.layers, engine.hidden_size, engine.points, settings.model_match)
+    steerer = Steerer(store, served, engine.max_edits, settings.max_strength, Doses(settings.max_relative_dose))
     jobs = FitJobs(settings.data_dir / "fits", engine, store, identity)
-    return Polyhelm(settings, name, engine, store, steerer, jobs)
+    captures = Spools(settings.data_dir / "captures")
+    return Polyhelm(settings, model.name, engine, store, steerer, jobs, captures)
 
 
 def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
-    """Add steering, our routes and our middleware to vLLM's app."""
+    """Add steering, our routes and our middleware to vLLM's app, and go on with the fits that a restart cut off."""
     state = app.state
     state.polyhelm = polyhelm
     wrap = (polyhelm.steerer, polyhelm.engine)
     state.openai_serving_chat = SteeringHandler(state.openai_serving_chat, "create_chat_completion", *wrap)
     state.openai_serving_completion = SteeringHandler(state.openai_serving_completion, "create_completion", *wrap)
-    for module in (artifacts, capabilities, fits, health):
+    for module in (activations, artifacts, capabilities, fits, health):
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(JsonBodies, max_bytes=polyhelm.settings.max_body_bytes)
+    polyhelm.fits.start()
     return app

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from server.engine.edits import Point
 
 MiB = 1 << 20
 
@@ -22,15 +24,38 @@ class Settings(BaseSettings):
     data_dir: Path = Path("polyhelm-data")
     demo: bool = False
     """Make sure that the demo artifacts exist before serving."""
-    bank_slots: int = Field(128, ge=2)
-    """Steering vectors kept on the device at a time."""
+    bank_bytes: int = Field(256 * MiB, ge=4096)
+    """What artifacts may take of the device; the least recently used make room for others."""
+    bank_host_bytes: int = Field(512 * MiB, ge=0)
+    """Copies kept in host memory, so that an artifact that had to make room comes back without being read again."""
+    bank_wait_seconds: float = Field(10, ge=0)
+    """How long a request waits for room on the device before it is refused with 503."""
+    points: Annotated[list[Point] | None, NoDecode] = None
+    """Where the model can be edited, separated by commas. By default everywhere that the model allows, but in compiled
+    code and CUDA graphs, where each point costs a launch per layer, at `resid_post` only.
+    """
+    map_points: Annotated[list[Point] | None, NoDecode] = None
+    """On a GPU, points at which matrices are applied to many tokens together, by kernels that cost further launches. By
+    default none in compiled code and CUDA graphs, where a matrix is then applied token by token.
+    """
     prefix_cache: Literal["auto", "cache_salt"] = "auto"
     """How steered requests are kept apart in the prefix cache: by tagged blocks where that works, or always by salt."""
     model_match: Literal["weights", "shape"] = "weights"
     """What an artifact must share with the served model: its very weights, or architecture, width and depth only."""
     max_strength: float = Field(1e4, gt=0)
+    max_relative_dose: float | None = Field(None, ge=0)
+    """Largest dose that a request may ask for; a request may lower it for itself."""
     max_body_bytes: int = Field(16 * MiB, ge=1024)
     """Largest JSON body."""
     max_artifact_bytes: int = Field(1024 * MiB, ge=1024)
     """Largest artifact that can be published."""
+    capture_memory_bytes: int = Field(64 * MiB, ge=0)
+    """Captured activations that the engine holds per request; what is beyond goes to `<data-dir>/captures`."""
+    max_capture_bytes: int = Field(4096 * MiB, ge=1)
+    """Largest answer to a request for activations."""
     max_fit_pairs: int = Field(10_000, ge=2)
+
+    @field_validator("points", "map_points", mode="before")
+    @classmethod
+    def _separated_by_commas(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value

@@ -34,8 +34,11 @@ from steering_store.reference import DIGEST_PATTERN
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
 
-Kind = Literal["steering_vector"]
-DType = Literal["F16", "BF16", "F32", "F64"]
+Kind = Literal["steering_vector", "neuron_set", "linear_map", "sae"]
+Point = Literal["resid_post", "mlp_out", "attn_out", "head_out", "mlp_act"]
+Role = Literal["weights", "matrix", "left", "right", "encoder", "encoder_bias", "threshold", "decoder"]
+Activation = Literal["identity", "relu", "jumprelu"]
+DType = Literal["F16", "BF16", "F32", "F64", "I32", "I64"]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST_PATTERN}$")]
 Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -48,21 +51,30 @@ class _Part(BaseModel):
 
 
 class ModelSpec(_Part):
-    """The model that an artifact was fitted on, and must be served on."""
+    """The model that an artifact was fitted on, and must be served on.
+
+    `widths` gives the width of an activation at the points where it isn't `hidden_size`; needed where a site is there.
+    """
 
     architecture: Text
     hidden_size: PositiveInt
     num_layers: PositiveInt
+    widths: dict[Literal["head_out", "mlp_act"], PositiveInt] | None = None
     weights_digest: Digest | None = None
     tokenizer_digest: Digest | None = None
     name: str | None = None
 
 
 class Site(_Part):
-    """A place in the model, and the tensor to use there. `dtype` is spelled as safetensors does."""
+    """A place in the model, and a tensor to use there. `dtype` is spelled as safetensors does.
 
-    point: Literal["resid_post"]
+    `role` tells the tensors of one place apart. It is absent for the vector of a steering_vector and the indices of a
+    neuron_set.
+    """
+
+    point: Point
     layer: NonNegativeInt
+    role: Role | None = None
     file: Text
     tensor: Text
     shape: list[NonNegativeInt]
@@ -108,8 +120,18 @@ class Provenance(_Part):
 class Manifest(_Part):
     """What an artifact is. Build one with `parse_manifest`, which also checks the fields against each other.
 
-    `strength_range` is (lowest, highest) sensible strength; `h_norm` is the mean L2 norm of the activation at each
-    layer, in the model's own units; `files` is filled in at publication.
+    All sites are at one point. For an activation x [width] there, tensors and their roles at each layer are, by kind:
+
+    | kind | tensors |
+    |---|---|
+    | steering_vector | the vector [width] |
+    | neuron_set | indices into x [n], int32 or int64, each once; optionally `weights` [n], 1 where left out |
+    | linear_map | `matrix` [width, width], y = matrix x; or `left` [width, r], `right` [r, width], y = left right x |
+    | sae | `encoder`, `decoder` [features, width], `encoder_bias` [features]; `threshold` [features] for jumprelu |
+
+    `activation` is the SAE's: feature k of x is activation(x . encoder_k + encoder_bias_k). `strength_range` is
+    (lowest, highest) sensible strength; `h_norm` is the mean L2 norm of the activation at each layer, in the model's
+    own units; `files` is filled in at publication.
     """
 
     schema_version: Literal[1]
@@ -117,6 +139,7 @@ class Manifest(_Part):
     description: str = ""
     model: ModelSpec
     sites: Annotated[list[Site], Field(min_length=1)]
+    activation: Activation | None = None
     default_strength: FiniteFloat
     strength_range: tuple[FiniteFloat, FiniteFloat] | None = None
     default_layers: list[NonNegativeInt] | None = None
@@ -127,6 +150,27 @@ class Manifest(_Part):
     metrics: dict[str, FiniteFloat] = {}
     license: str | None = None
     annotations: dict[str, str] = {}
+
+    @property
+    def point(self) -> Point:
+        return self.sites[0].point
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have a site, each once, in order."""
+        return sorted({site.layer for site in self.sites})
+
+    @property
+    def width(self) -> int:
+        """Of the activation at the artifact's point."""
+        return width_at(self.model, self.point)
+
+
+def width_at(model: ModelSpec, point: Point) -> int:
+    """The width of an activation at a point. KeyError where the manifest should say it and doesn't."""
+    if point == "head_out" or point == "mlp_act":
+        return (model.widths or {})[point]
+    return model.hidden_size
 
 
 def parse_manifest(source: Manifest | Mapping[str, object] | str | bytes) -> Manifest:

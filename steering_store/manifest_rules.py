@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from steering_store.errors import InvalidManifest, InvalidName, UnsupportedFile
+from steering_store.kind_rules import check_kind
 from steering_store.reference import check_file_path
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def check_manifest(manifest: Manifest) -> None:
     """Raise InvalidManifest, naming the field, where two fields of a manifest contradict each other."""
     _check_files(manifest)
     _check_sites(manifest)
-    _check_shapes(manifest)
+    check_kind(manifest)
     _check_strength(manifest)
     _check_layers(manifest)
 
@@ -37,7 +38,7 @@ def _check_files(manifest: Manifest) -> None:
 
 
 def _check_sites(manifest: Manifest) -> None:
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[int, str | None]] = set()
     file_of: dict[str, str] = {}
     for i, site in enumerate(manifest.sites):
         if site.layer >= manifest.model.num_layers:
@@ -45,22 +46,18 @@ def _check_sites(manifest: Manifest) -> None:
                 f"sites.{i}.layer: {site.layer} is not below model.num_layers, {manifest.model.num_layers}",
                 f"sites.{i}.layer",
             )
-        if (site.point, site.layer) in seen:
-            raise InvalidManifest(f"sites.{i}: {site.point}.{site.layer} is listed twice; keep one", f"sites.{i}")
-        seen.add((site.point, site.layer))
+        if site.point != manifest.point:
+            raise InvalidManifest(
+                f"sites.{i}.point: {site.point}, but the first site is at {manifest.point}; publish two artifacts",
+                f"sites.{i}.point",
+            )
+        if (site.layer, site.role) in seen:
+            named = f"{site.point}.{site.layer}" + (f" with role {site.role}" if site.role else "")
+            raise InvalidManifest(f"sites.{i}: {named} is listed twice; keep one", f"sites.{i}")
+        seen.add((site.layer, site.role))
         if file_of.setdefault(site.tensor, site.file) != site.file:
             raise InvalidManifest(
                 f"sites.{i}.tensor: {site.tensor!r} is in two files; give each tensor its own name", f"sites.{i}.tensor"
-            )
-
-
-def _check_shapes(manifest: Manifest) -> None:
-    expected = [manifest.model.hidden_size]
-    for i, site in enumerate(manifest.sites):
-        if site.shape != expected:
-            raise InvalidManifest(
-                f"sites.{i}.shape: {site.shape} must be [model.hidden_size] = {expected} for a {manifest.kind}",
-                f"sites.{i}.shape",
             )
 
 

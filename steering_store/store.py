@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ from steering_store.manifest import (
     parse_manifest,
 )
 from steering_store.reference import Reference, check_file_path, check_name, parse_reference
-from steering_store.tensors import Float32, check_tensors, read_tensors
+from steering_store.tensors import Tensor, check_tensors, read_tensors
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,21 @@ class Store:
         known = [entry.path for entry in version.manifest.files]
         raise ArtifactNotFound(f"{version.ref} has no file {path!r}; it has {known}", "path")
 
-    def load_tensors(self, version: ArtifactVersion) -> dict[str, Float32]:
-        """Every tensor of a version by name, as float32 of the manifest's shape. Raises CorruptArtifact."""
-        tensors: dict[str, Float32] = {}
+    def load_tensors(
+        self, version: ArtifactVersion, wanted: Mapping[str, Sequence[int] | None] | None = None
+    ) -> dict[str, Tensor]:
+        """Tensors of a version by name, as float32 or int64: all, or those `wanted`, of which only the given rows.
+
+        Every file that is read is hashed first. Raises CorruptArtifact.
+        """
+        tensors: dict[str, Tensor] = {}
         for entry in version.manifest.files:
-            tensors |= read_tensors(self._blobs.read(entry))
+            if wanted is None:
+                tensors |= read_tensors(self._blobs.read(entry))
+                continue
+            here = {site.tensor for site in version.manifest.sites if site.file == entry.path}
+            if chosen := {name: rows for name, rows in wanted.items() if name in here}:
+                tensors |= read_tensors(self._blobs.verified_path(entry), chosen)
         return tensors
 
     def verify(self, ref: str | Reference | None = None) -> list[Problem]:

@@ -7,7 +7,7 @@ numpy knows no bfloat16, so values are read here: the upper half of a float32's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,14 +19,17 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, 
 from pydantic_core import from_json
 
 from steering_store.errors import InvalidTensor
+from steering_store.kind_rules import INTEGERS, MAY_BE_ZERO, is_indices
 from steering_store.manifest import Manifest
 from steering_store.reference import pickle_refused
 
 Float32 = npt.NDArray[np.float32]
+Tensor = npt.NDArray[np.float32 | np.int64]
+"""Floating tensors are read as float32, integers as int64."""
 
 MAX_HEADER_BYTES = 100_000_000
 CHUNK_BYTES = 1 << 22
-_STORED_AS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_STORED_AS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
 
 
@@ -72,37 +75,58 @@ def read_header(stream: BinaryIO, file: str) -> dict[str, TensorEntry]:
 
 
 def check_tensors(manifest: Manifest, paths: Mapping[str, Path]) -> None:
-    """Check that the files hold the manifest's tensors, all of them and no others, with finite values only.
+    """Check that the files hold the manifest's tensors, all of them and no others, with finite values only, and
+    indices that are inside the activation and differ.
 
     Raises InvalidTensor, which names the file, the tensor and the manifest's field.
     """
+    indices = {site.tensor for site in manifest.sites if is_indices(manifest.kind, site.role)}
+    may_be_zero = {site.tensor for site in manifest.sites if site.role in MAY_BE_ZERO}
     for file, path in paths.items():
         with path.open("rb") as stream:
             tensors = read_header(stream, file)
             _check_against(manifest, file, tensors)
             for name, entry in tensors.items():
-                nothing = True
-                for values in _values(stream, entry):
-                    nothing = nothing and not values.any()
-                    if not np.isfinite(values).all():
-                        raise InvalidTensor(
-                            f"file {file!r}: tensor {name!r} holds NaN, infinity or values beyond float32; refit it",
-                            "files",
-                        )
-                if nothing:
-                    raise InvalidTensor(
-                        f"file {file!r}: tensor {name!r} is all zeros and would steer nothing; leave its site out",
-                        "files",
-                    )
+                if name in indices:
+                    _check_indices(_whole(stream, entry), file, name, manifest.width)
+                else:
+                    _check_values(_values(stream, entry), file, name, may_be_zero=name in may_be_zero)
 
 
-def read_tensors(source: Path | bytes) -> dict[str, Float32]:
-    """Read every tensor of a safetensors file, or of its bytes, as float32. Raises InvalidTensor."""
+def _check_values(pieces: Iterator[Tensor], file: str, name: str, *, may_be_zero: bool) -> None:
+    nothing = True
+    for values in pieces:
+        nothing = nothing and not values.any()
+        if not np.isfinite(values).all():
+            raise InvalidTensor(
+                f"file {file!r}: tensor {name!r} holds NaN, infinity or values beyond float32; refit it", "files"
+            )
+    if nothing and not may_be_zero:
+        raise InvalidTensor(
+            f"file {file!r}: tensor {name!r} is all zeros and would steer nothing; leave its site out", "files"
+        )
+
+
+def _check_indices(indices: Tensor, file: str, name: str, width: int) -> None:
+    if ((indices < 0) | (indices >= width)).any():
+        raise InvalidTensor(f"file {file!r}: tensor {name!r} holds indices outside 0 to {width - 1}; refit it", "files")
+    if len(np.unique(indices)) < len(indices):
+        raise InvalidTensor(f"file {file!r}: tensor {name!r} holds an index twice; list each once", "files")
+
+
+def read_tensors(source: Path | bytes, wanted: Mapping[str, Sequence[int] | None] | None = None) -> dict[str, Tensor]:
+    """Read tensors of a safetensors file, or of its bytes; all of them, or those `wanted`, by name.
+
+    With rows given for a tensor, only these are read, so that a few rows of a large one cost little memory. Raises
+    InvalidTensor, KeyError for a wanted tensor that isn't there, and IndexError for such a row.
+    """
     file = source.name if isinstance(source, Path) else "<bytes>"
     with source.open("rb") if isinstance(source, Path) else BytesIO(source) as stream:
+        entries = read_header(stream, file)
+        names: Mapping[str, Sequence[int] | None] = dict.fromkeys(entries) if wanted is None else wanted
         return {
-            name: np.concatenate([np.empty(0, np.float32), *_values(stream, entry)]).reshape(entry.shape)
-            for name, entry in read_header(stream, file).items()
+            name: _whole(stream, entries[name]) if rows is None else _rows(stream, entries[name], rows)
+            for name, rows in names.items()
         }
 
 
@@ -168,15 +192,39 @@ def _check_against(manifest: Manifest, file: str, tensors: Mapping[str, TensorEn
         )
 
 
-def _values(stream: BinaryIO, entry: TensorEntry) -> Iterator[Float32]:
+def _whole(stream: BinaryIO, entry: TensorEntry) -> Tensor:
+    pieces = [_decoded(b"", entry.dtype), *_values(stream, entry)]
+    whole: Tensor = np.concatenate(pieces).reshape(entry.shape)
+    return whole
+
+
+def _rows(stream: BinaryIO, entry: TensorEntry, rows: Sequence[int]) -> Tensor:
+    """Rows [len(rows), ...] of a tensor, read one by one."""
+    count, *shape = entry.shape
+    size = entry.size // max(count, 1)
+    taken = []
+    for row in rows:
+        if not 0 <= row < count:
+            raise IndexError(f"row {row} is outside 0 to {count - 1}")
+        stream.seek(entry.start + row * size)
+        taken.append(_decoded(stream.read(size), entry.dtype))
+    return np.stack(taken).reshape(len(rows), *shape)
+
+
+def _values(stream: BinaryIO, entry: TensorEntry) -> Iterator[Tensor]:
     stream.seek(entry.start)
     for done in range(0, entry.size, CHUNK_BYTES):
-        raw = np.frombuffer(stream.read(min(CHUNK_BYTES, entry.size - done)), _STORED_AS[entry.dtype])
-        if entry.dtype == "BF16":
-            yield (raw.astype(np.uint32) << 16).view(np.float32)
-        else:
-            with np.errstate(over="ignore"):
-                yield raw.astype(np.float32)
+        yield _decoded(stream.read(min(CHUNK_BYTES, entry.size - done)), entry.dtype)
+
+
+def _decoded(raw: bytes, dtype: str) -> Tensor:
+    values = np.frombuffer(raw, _STORED_AS[dtype])
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    if dtype in INTEGERS:
+        return values.astype(np.int64)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def _malformed(file: str, reason: str) -> InvalidTensor:

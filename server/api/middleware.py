@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError, error_response
 
-STEERABLE = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
+STEERABLE = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/activations", "/invocations"})
 MULTIPART = b"multipart/form-data"
 
 

@@ -7,22 +7,25 @@ chunk of a stream.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import weakref
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from server.api import frozen
 from server.api.errors import ApiError
-from server.api.steering import Prepared, Receipt, Steerer
-from server.engine.banks import BankFull
+from server.api.prepared import Prepared
+from server.api.receipts import Receipt
+from server.api.steering import Steerer
+from server.engine.bank_directory import BankFull, BankTooSmall
 
 if TYPE_CHECKING:
     from server.engine.client import Engine
 
 DONE = "data: [DONE]"
 RESERVED = "polyhelm"
+RENDER = {"create_chat_completion": "render_chat_request", "create_completion": "render_completion_request"}
+"""vLLM's own methods that turn a request into prompts of tokens."""
 
 
 class SteeringHandler:
@@ -31,6 +34,7 @@ class SteeringHandler:
     def __init__(self, inner: Any, method: str, steerer: Steerer, engine: Engine) -> None:
         self._inner = inner
         self._create = getattr(inner, method)
+        self._render = getattr(inner, RENDER[method])
         self._steerer = steerer
         self._engine = engine
         setattr(self, method, self._steered)
@@ -48,93 +52,81 @@ class SteeringHandler:
             return await self._create(request, raw_request)
         if getattr(request, "use_beam_search", False):
             raise ApiError(400, "steering doesn't work with beam search: set use_beam_search to false", "steering")
-        prepared = self._steerer.prepare(raw)
-        if len(prepared.artifacts) > self._engine.bank.slots:
-            raise ApiError(
-                422,
-                f"{len(prepared.artifacts)} different artifacts: this server holds {self._engine.bank.slots} at a "
-                "time; use fewer, or raise --bank-slots",
-                "steering.interventions",
-            )
-        self._engine.mark(request, prepared.program, prepared.receipt)
-        hold = AsyncExitStack()
-        vectors = {
-            digest: lambda version=version: self._steerer.vectors(version)
-            for digest, version in prepared.artifacts.items()
-        }
-        try:
-            await hold.enter_async_context(self._engine.holding(vectors))
-        except BankFull as error:
-            raise ApiError(503, str(error), "steering") from error
-        try:
-            result = await self._create(request, raw_request)
-            if not hasattr(result, "__aiter__"):
-                return await self._finish(result, prepared, hold)
-        except BaseException:
-            await hold.aclose()
-            raise
-        return await self._stream(result, prepared, hold)
-
-    async def _finish(self, result: Any, prepared: Prepared, hold: AsyncExitStack) -> Any:
+        prepared = await self._prepare(request, raw)
+        if prepared.frozen_sites:
+            clean = await frozen.capture(self._create, self._engine, request, raw_request, prepared.frozen_sites)
+            if isinstance(clean, frozen.Refusal):
+                return clean.response
+            prepared = prepared.with_clean(clean)
+        result = await self._run(request, raw_request, prepared)
+        if hasattr(result, "__aiter__"):
+            return await self._stream(result, prepared)
         # vLLM returns refusals as objects that have no choices.
         if hasattr(result, "choices"):
             result.steering = (await self._receipt(prepared)).model_dump()
-        await hold.aclose()
         return result
+
+    async def _prepare(self, request: Any, raw: object) -> Prepared:
+        prepared = self._steerer.prepare(raw)
+        await self._steerer.check(prepared)
+        if prepared.settings.conflict == "error":
+            await self._steerer.refuse_conflicts(prepared, await self._prompt_lengths(request))
+        return prepared
+
+    async def _run(self, request: Any, raw_request: Any, prepared: Prepared) -> Any:
+        self._engine.mark(request, prepared.program, prepared.receipt)
+        try:
+            await self._engine.ensure(prepared.program, prepared.operands)
+            return await self._create(request, raw_request)
+        except BankTooSmall as error:
+            raise ApiError(400, str(error), "steering") from error
+        except BankFull as error:
+            raise ApiError(503, str(error), "steering") from error
+        except Exception as error:
+            # vLLM's exceptions name the field in an attribute; the engine named it by the edit.
+            if hasattr(error, "parameter"):
+                error.parameter = prepared.field_at_fault(error.parameter)
+            raise
+
+    async def _prompt_lengths(self, request: Any) -> list[int]:
+        """In tokens, of the request's prompts; none where vLLM refuses it, as it then will when asked to run it."""
+        # vLLM writes into a request that it renders.
+        rendered = await self._render(request.model_copy(deep=True))
+        prompts = rendered[-1] if isinstance(rendered, tuple) else rendered
+        if not isinstance(prompts, list):
+            return []
+        return [len(prompt.get("prompt_token_ids", ())) for prompt in prompts]
 
     async def _receipt(self, prepared: Prepared) -> Receipt:
         counts = await self._engine.receipt(prepared.receipt)
         return self._steerer.receipt(prepared, counts.touched, counts.cached)
 
-    async def _stream(self, chunks: AsyncIterator[str], prepared: Prepared, hold: AsyncExitStack) -> AsyncIterator[str]:
+    async def _stream(self, chunks: AsyncGenerator[str], prepared: Prepared) -> AsyncGenerator[str]:
         """Pull the first chunk before answering, so that a refused request gets its status and not a 200."""
-        closing: asyncio.Task[None] | None = None
-        loop = asyncio.get_running_loop()
-
-        async def close() -> None:
-            # The engine must have stopped using the vectors before they are let go.
-            await chunks.aclose()  # type: ignore[attr-defined]
-            await hold.aclose()
-
-        def close_once() -> asyncio.Task[None]:
-            nonlocal closing
-            closing = closing or loop.create_task(close())
-            return closing
-
-        def abandoned() -> None:
-            # The collector may run in any thread, and at the end of the process.
-            if closing is None and not loop.is_closed():
-                loop.call_soon_threadsafe(close_once)
-
         try:
             first = await anext(chunks)
-            refuse_error(first)
+            refuse_error(first, prepared)
         except BaseException:
-            await close_once()
+            await chunks.aclose()
             raise
-        stream = self._chunks(first, chunks, prepared, close_once)
-        # A client that left before the first byte leaves a generator that never runs its `finally`.
-        weakref.finalize(stream, abandoned)
-        return stream
+        # A client that leaves before the first byte drops it unstarted, and asyncio closes the chunks with it.
+        return self._chunks(first, chunks, prepared)
 
-    async def _chunks(
-        self, held: str, chunks: AsyncIterator[str], prepared: Prepared, close_once: Any
-    ) -> AsyncIterator[str]:
-        try:
+    async def _chunks(self, held: str, chunks: AsyncGenerator[str], prepared: Prepared) -> AsyncGenerator[str]:
+        async with aclosing(chunks):
             async for chunk in chunks:
                 if chunk.startswith(DONE) and not holds_error(held):
                     held = with_receipt(held, await self._receipt(prepared))
                 yield held
                 held = chunk
             yield held
-        finally:
-            await close_once()
 
 
-def refuse_error(chunk: str) -> None:
+def refuse_error(chunk: str, prepared: Prepared) -> None:
     """Raise the ApiError that a stream's first chunk holds, if it does."""
     if error := holds_error(chunk):
-        raise ApiError(int(error.get("code") or 500), str(error.get("message")), error.get("param"))
+        param = prepared.field_at_fault(error.get("param"))
+        raise ApiError(int(error.get("code") or 500), str(error.get("message")), param)
 
 
 def holds_error(chunk: str) -> dict[str, Any] | None:

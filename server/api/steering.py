@@ -1,143 +1,42 @@
-"""The `steering` field of a request, and the receipt in its response.
+"""From the `steering` field of a request to a program for the served model, and from counts to a receipt.
 
-A field is parsed, its artifacts are resolved and checked against the served model, and their method compiles them into
-a program. Anything that can't be applied exactly as asked is an error with a reason.
+A field is parsed, its artifacts are resolved and checked against the served model, and their kind says which edits they
+become (methods/kinds.py). Anything that can't be applied exactly as asked is an error with a reason.
 """
 
 from __future__ import annotations
 
-import math
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.concurrency import run_in_threadpool
 
-from methods import caa
+from methods.kinds import OptionError, Recipe
+from server.api import conflicts, options
+from server.api.doses import Doses
 from server.api.errors import ApiError
-from server.engine.edits import Program, Span
-from server.models import ModelIdentity
+from server.api.prepared import Loader, Prepared, Site
+from server.api.receipts import Applied, AppliedEdit, Receipt
+from server.api.served import ServedModel
+from server.api.steering_schema import LAST_PROMPT_TOKEN, Condition, Intervention, parse
+from server.engine import edits as engine
+from server.engine.edits import Edit, Point, Program
+from server.engine.operands import Operand, pack
+from server.engine.site_names import SiteNameError, parse_site, site_name
+from server.engine.spans import Span
 from steering_store import ArtifactVersion, Store
 from steering_store.errors import StoreError
 
-Index = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
-Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
+@dataclass
+class _Draft:
+    """A program in the making."""
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Apply(_Part):
-    """Which tokens an intervention touches; without any of the including fields, all of prompt and generation.
-
-    Windows are half-open `[start, end]` and `end` may be null. Prompt positions and windows count from the prompt's end
-    when negative; generation windows count from the first generated token. Excludes always subtract.
-    """
-
-    prompt: Literal["all"] | None = None
-    generation: Literal["all"] | None = None
-    prompt_positions: Annotated[list[Index], Field(min_length=1, max_length=4096)] | None = None
-    prompt_window: tuple[Index, Index | None] | None = None
-    generation_window: tuple[Count, Count | None] | None = None
-    exclude_prompt_positions: Annotated[list[Index], Field(min_length=1, max_length=4096)] | None = None
-    exclude_prompt_window: tuple[Index, Index | None] | None = None
-    exclude_generation_window: tuple[Count, Count | None] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _windows_as_tuples(cls, data: Any) -> Any:
-        # JSON has no tuples, and strict mode takes no list for one.
-        if not isinstance(data, dict):
-            return data
-        return {
-            key: tuple(value) if key.endswith("window") and isinstance(value, list) else value
-            for key, value in data.items()
-        }
-
-    @model_validator(mode="after")
-    def _windows_hold_something(self) -> Apply:
-        for name in ("prompt_window", "generation_window", "exclude_prompt_window", "exclude_generation_window"):
-            window = getattr(self, name)
-            if window is None or window[1] is None:
-                continue
-            start, end = window
-            if (start < 0) == (end < 0) and end <= start:
-                raise ValueError(
-                    f"{name} [{start}, {end}] is empty: the end is exclusive and must lie behind the start"
-                )
-        return self
-
-    def span(self) -> Span:
-        including = (self.prompt, self.generation, self.prompt_positions, self.prompt_window, self.generation_window)
-        everything = all(each is None for each in including)
-        return Span(
-            prompt=everything or self.prompt == "all",
-            generation=everything or self.generation == "all",
-            prompt_positions=tuple(sorted(set(self.prompt_positions or ()))),
-            prompt_window=self.prompt_window,
-            generation_window=self.generation_window,
-            exclude_prompt_positions=tuple(sorted(set(self.exclude_prompt_positions or ()))),
-            exclude_prompt_window=self.exclude_prompt_window,
-            exclude_generation_window=self.exclude_generation_window,
-        )
-
-
-class Intervention(_Part):
-    """One artifact, how strongly, where, on which tokens. Strength and layers default to the artifact's own."""
-
-    artifact: Annotated[str, Field(min_length=1, max_length=256)]
-    strength: float | None = None
-    layers: Annotated[list[Count], Field(min_length=1, max_length=4096)] | None = None
-    op: Literal["add", "add_norm"] = "add"
-    apply: Apply = Apply()
-
-
-class Steering(_Part):
-    """The interventions of a request, applied in order; several at one site add up."""
-
-    interventions: Annotated[list[Intervention], Field(min_length=1)]
-
-
-class Applied(BaseModel):
-    """One intervention as it was applied.
-
-    `relative_dose` is the largest `|strength| * ||v|| / ||h||` over the layers, with the mean activation norm `||h||`
-    of the data that the artifact was fitted on; null where the artifact doesn't say. `tokens_touched` was counted by
-    the op, over all choices and prompts of the request; `tokens_from_cache` are tokens of the span that the prefix
-    cache already held, edited in just this way by an earlier request.
-    """
-
-    artifact: str
-    version: int
-    digest: str
-    kind: str
-    op: str
-    sites: list[str]
-    strength: float
-    relative_dose: float | None
-    tokens_touched: int = 0
-    tokens_from_cache: int = 0
-
-
-class Receipt(BaseModel):
-    """What steering did to a response."""
-
-    fingerprint: str
-    applied: list[Applied]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A program ready to run, and the artifacts whose vectors it needs on the device."""
-
-    program: Program
-    artifacts: dict[str, ArtifactVersion]
-    applied: list[Applied]
-    receipt: str = field(default_factory=lambda: uuid.uuid4().hex)
+    edits: list[Edit] = field(default_factory=list)
+    owners: list[int | None] = field(default_factory=list)
+    operands: dict[str, Loader] = field(default_factory=dict)
+    applied: list[Applied] = field(default_factory=list)
+    versions: list[ArtifactVersion] = field(default_factory=list)
 
 
 @dataclass
@@ -145,126 +44,199 @@ class Steerer:
     """Turns `steering` fields into programs for the served model, and counts into receipts."""
 
     store: Store
-    identity: ModelIdentity
-    layers: int
-    hidden_size: int
-    max_interventions: int
+    model: ServedModel
+    max_edits: int
     max_strength: float
-    model_match: Literal["weights", "shape"]
-    _norms: dict[str, dict[int, float]] = field(default_factory=dict)
+    doses: Doses
 
     def prepare(self, raw: object) -> Prepared:
         """Parse, resolve and compile. Raises ApiError or a StoreError that names the field."""
         steering = parse(raw)
-        if len(steering.interventions) > self.max_interventions:
-            raise ApiError(
-                422,
-                f"{len(steering.interventions)} interventions: a request takes at most {self.max_interventions}",
-                "steering.interventions",
-            )
-        artifacts: dict[str, ArtifactVersion] = {}
-        edits, applied = [], []
+        self.doses.check_request(steering.max_relative_dose)
+        count = len(steering.interventions)
+        if count > self.max_edits:
+            raise self._too_many(f"{count} interventions")
+        draft = _Draft()
         for index, intervention in enumerate(steering.interventions):
             where = f"steering.interventions.{index}"
-            version = self._resolve(intervention.artifact, f"{where}.artifact")
-            self._check_model(version, f"{where}.artifact")
-            layers = self._layers(intervention, version, where)
-            strength = self._strength(intervention, version, where)
-            edits += caa.compile(version.digest, layers, strength, intervention.op, intervention.apply.span())
-            artifacts[version.digest] = version
-            applied.append(
-                Applied(
-                    artifact=version.name,
-                    version=version.version,
-                    digest=version.digest,
-                    kind=version.manifest.kind,
-                    op=intervention.op,
-                    sites=[f"resid_post.{layer}" for layer in layers],
-                    strength=strength,
-                    relative_dose=None,
-                )
-            )
-        return Prepared(Program(tuple(edits)), artifacts, applied)
+            try:
+                self._add(draft, intervention, where, steering.mode)
+            except OptionError as error:
+                raise ApiError(422, f"{where}.{error.field}: {error}", f"{where}.{error.field}") from None
+        sites = self._frozen_sites(draft) if steering.mode == "frozen" else ()
+        edits = len(draft.edits) + len({point for point, _ in sites})
+        if edits > self.max_edits:
+            raise self._too_many(f'{count} interventions make {edits} edits (conditions, renorm and mode "frozen" add)')
+        program = Program(tuple(draft.edits))
+        program.check()
+        return Prepared(
+            program, tuple(draft.owners), draft.operands, draft.applied, tuple(draft.versions), steering, sites
+        )
+
+    def _too_many(self, what: str) -> ApiError:
+        return ApiError(422, f"{what}: a request takes at most {self.max_edits}", "steering.interventions")
+
+    def _add(self, draft: _Draft, intervention: Intervention, where: str, mode: str) -> None:
+        version = self._resolve(intervention.artifact, f"{where}.artifact")
+        manifest = version.manifest
+        op = options.chosen_op(intervention, manifest.kind)
+        layers = options.chosen_layers(intervention, manifest, version.ref)
+        strength = options.chosen_strength(intervention, op, manifest, self.max_strength)
+        span = options.chosen_span(intervention, mode)
+        parts = options.parts(intervention, op, strength, layers, manifest, self.max_strength)
+        self.model.check_point(version, [part.opcode for part in parts], f"{where}.artifact")
+        applied = Applied(
+            artifact=version.name,
+            version=version.version,
+            digest=version.digest,
+            kind=manifest.kind,
+            op=op,
+            sites=[site_name(manifest.point, layer) for layer in layers],
+            strength=strength,
+        )
+        owner, gate = len(draft.applied), None
+        if intervention.condition is not None:
+            gate = len(draft.edits)
+            condition, edit = self._gate(intervention.condition, manifest.point, layers, span, where)
+            applied.condition = f"{condition.name}@{condition.digest}"
+            draft.edits.append(edit)
+            draft.operands.setdefault(condition.digest, self._loader(condition, Recipe("vector")))
+        for part in parts:
+            key = None
+            if part.recipe is not None:
+                key = part.recipe.key(version.digest)
+                draft.operands.setdefault(key, self._loader(version, part.recipe))
+            edit = Edit(part.opcode, key, layers, part.strength, span, manifest.point, part.function, gate=gate)
+            draft.edits.append(edit)
+        draft.owners += [owner] * (len(draft.edits) - len(draft.owners))
+        draft.versions.append(version)
+        draft.applied.append(applied)
 
     def _resolve(self, reference: str, param: str) -> ArtifactVersion:
         try:
-            return self.store.resolve(reference)
+            version = self.store.resolve(reference)
         except StoreError as error:
             error.param = param
             raise
+        self.model.check_model(version, param)
+        return version
 
-    def _check_model(self, version: ArtifactVersion, param: str) -> None:
-        made_for, served = version.manifest.model, self.identity
-        facts = {
-            "architecture": (made_for.architecture, served["architecture"]),
-            "hidden size": (made_for.hidden_size, self.hidden_size),
-            "number of layers": (made_for.num_layers, self.layers),
+    def _gate(
+        self, condition: Condition, point: Point, layers: tuple[int, ...], span: Span, where: str
+    ) -> tuple[ArtifactVersion, Edit]:
+        """The artifact and the edit of a condition; for single tokens it decides where the intervention acts."""
+        version = self._resolve(condition.artifact, f"{where}.condition.artifact")
+        if version.manifest.kind != "steering_vector":
+            raise OptionError(
+                "condition.artifact", f"{version.ref} is a {version.manifest.kind}; use a steering_vector"
+            )
+        named = _condition_layer(condition, version)
+        if condition.scope == "sequence":
+            if named is None:
+                raise OptionError("condition.layer", "a condition for the sequence is read at one layer; name it")
+            layers, span = (named,), LAST_PROMPT_TOKEN
+        elif version.manifest.point != point:
+            raise OptionError(
+                "condition.artifact",
+                f"a condition for single tokens is read where the intervention acts, at {point}, and {version.ref} is "
+                f"for {version.manifest.point}; take another, or scope sequence",
+            )
+        elif named is not None and layers != (named,):
+            raise OptionError(
+                "condition.layer",
+                f"a condition for single tokens decides only at its own layer, and the intervention acts at {layers}; "
+                "leave it out to decide at each of them, or take scope sequence",
+            )
+        if missing := sorted(set(layers) - set(version.manifest.layers)):
+            raise OptionError("condition.artifact", f"{version.ref} has no vector for layers {missing}")
+        self.model.check_point(version, ["gate"], f"{where}.condition.artifact")
+        decision = engine.Condition(condition.readout, condition.threshold, condition.above, condition.scope)
+        return version, Edit(
+            "gate", version.digest, layers, span=span, point=version.manifest.point, condition=decision
+        )
+
+    def _frozen_sites(self, draft: _Draft) -> tuple[Site, ...]:
+        """All layers of the points that are edited: SADI's and INCLINE's released code overwrites them all."""
+        for index, version in enumerate(draft.versions):
+            self.model.check_point(version, ["set"], f"steering.interventions.{index}.artifact")
+        points = dict.fromkeys(version.manifest.point for version in draft.versions)
+        return tuple((point, layer) for point in points for layer in range(self.model.layers))
+
+    def _loader(self, version: ArtifactVersion, recipe: Recipe) -> Loader:
+        async def load() -> Operand:
+            return await run_in_threadpool(self._load, version, recipe)
+
+        return load
+
+    def _load(self, version: ArtifactVersion, recipe: Recipe) -> Operand:
+        """Make an operand of an artifact, whose files are verified against their digests."""
+        sites = [
+            site
+            for site in version.manifest.sites
+            if site.role in recipe.roles and (recipe.layers is None or site.layer in recipe.layers)
+        ]
+        whole = len(sites) == len(version.manifest.sites) and recipe.rows is None
+        wanted = None if whole else {site.tensor: recipe.rows for site in sites}
+        tensors = self.store.load_tensors(version, wanted)
+        built = {
+            layer: recipe.build(
+                {site.role: tensors[site.tensor] for site in sites if site.layer == layer}, version.manifest.width
+            )
+            for layer in sorted({site.layer for site in sites})
         }
-        if self.model_match == "weights":
-            facts["weights"] = (made_for.weights_digest, served["weights_digest"])
-        for fact, (theirs, ours) in facts.items():
-            if theirs is not None and ours is not None and theirs != ours:
-                raise ApiError(
-                    409,
-                    f"{version.ref} was made for another model: its {fact} is {theirs}, the served model's is {ours}; "
-                    "fit it on the served model, or serve its own",
-                    param,
-                )
+        return pack(built)
 
-    def _layers(self, intervention: Intervention, version: ArtifactVersion, where: str) -> list[int]:
-        available = {site.layer for site in version.manifest.sites}
-        chosen = intervention.layers or version.manifest.default_layers or sorted(available)
-        if missing := sorted(set(chosen) - available):
+    async def check(self, prepared: Prepared) -> None:
+        """Work out the doses, for the receipt. ApiError 400 where one is above the limit, or limited and unknown."""
+        await self.doses.check(prepared)
+
+    async def refuse_conflicts(self, prepared: Prepared, prompt_lengths: Iterable[int]) -> None:
+        """ApiError 400 where two interventions write the same direction of a site for a token of these prompts."""
+        needed = {edit.operand for edit in prepared.program.edits if edit.opcode in conflicts.WRITES}
+        operands = {key: await prepared.operands[key]() for key in needed if key is not None}
+        found = await run_in_threadpool(
+            conflicts.find, prepared.program, prepared.owners, operands, tuple(prompt_lengths)
+        )
+        if found is not None:
             raise ApiError(
-                422,
-                f"{version.ref} has no vector for layers {missing}; it has layers {min(available)} to {max(available)}",
-                f"{where}.layers",
+                400,
+                f"interventions {found.first} and {found.second} write the same direction at {found.site}; part their "
+                'layers or tokens, leave one out, or allow it with conflict "sequential"',
+                "steering.conflict",
             )
-        return sorted(set(chosen))
-
-    def _strength(self, intervention: Intervention, version: ArtifactVersion, where: str) -> float:
-        strength = version.manifest.default_strength if intervention.strength is None else intervention.strength
-        if not math.isfinite(strength) or abs(strength) > self.max_strength:
-            raise ApiError(
-                422,
-                f"strength {strength} must be a finite number of at most {self.max_strength:g}",
-                f"{where}.strength",
-            )
-        return strength
-
-    async def vectors(self, version: ArtifactVersion) -> tuple[list[int], np.ndarray]:
-        """The artifact's layers and its vectors [layers, hidden] float32, verified against their digests."""
-        tensors = await run_in_threadpool(self.store.load_tensors, version)
-        sites = sorted(version.manifest.sites, key=lambda site: site.layer)
-        data = np.stack([tensors[site.tensor] for site in sites])
-        norms = np.linalg.norm(data, axis=1).tolist()
-        self._norms[version.digest] = {site.layer: norm for site, norm in zip(sites, norms, strict=True)}
-        return [site.layer for site in sites], data
 
     def receipt(self, prepared: Prepared, touched: Sequence[Sequence[int]], cached: Sequence[int]) -> Receipt:
-        """Fill in what the op counted: `touched` [edits][sites], `cached` [edits]."""
-        for index, (edit, applied) in enumerate(zip(prepared.program.edits, prepared.applied, strict=True)):
-            applied.tokens_touched = min(touched[index][layer] for layer in edit.layers)
-            applied.tokens_from_cache = cached[index]
-            applied.relative_dose = self._dose(
-                prepared.artifacts[edit.operand], edit.opcode, edit.strength, edit.layers
+        """Fill in what the op counted: `touched` [edits][layers of the edit], `cached` [edits]."""
+        applied = [each.model_copy(update={"edits": []}) for each in prepared.applied]
+        frozen: list[AppliedEdit] = []
+        for index, (edit, owner) in enumerate(zip(prepared.program.edits, prepared.owners, strict=True)):
+            (frozen if owner is None else applied[owner].edits).append(
+                AppliedEdit(
+                    opcode=edit.opcode,
+                    sites=[site_name(edit.point, layer) for layer in edit.layers],
+                    strength=edit.strength,
+                    relative_dose=prepared.doses.get(edit),
+                    tokens_touched=min(touched[index]),
+                    tokens_from_cache=cached[index],
+                )
             )
-        return Receipt(fingerprint=prepared.program.fingerprint, applied=prepared.applied)
-
-    def _dose(self, version: ArtifactVersion, op: str, strength: float, layers: Sequence[int]) -> float | None:
-        if op == "add_norm":
-            return abs(strength)
-        h_norm, norms = version.manifest.h_norm, self._norms.get(version.digest, {})
-        doses = [abs(strength) * norms[layer] / h_norm[layer] for layer in layers if layer in h_norm and layer in norms]
-        return round(max(doses), 6) if len(doses) == len(layers) else None
+        for each in applied:
+            each.sum_up()
+        return Receipt(
+            fingerprint=prepared.program.fingerprint, mode=prepared.settings.mode, applied=applied, frozen=frozen
+        )
 
 
-def parse(raw: object) -> Steering:
-    """Read a `steering` field; ApiError 422 naming the first bad field."""
+def _condition_layer(condition: Condition, version: ArtifactVersion) -> int | None:
+    """The layer that the condition names, if it does. OptionError where its site isn't at the artifact's point."""
+    if condition.site is None:
+        return condition.layer
+    if condition.layer is not None:
+        raise OptionError("condition.site", "takes the place of layer; leave one of them out")
     try:
-        return Steering.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        param = ".".join(map(str, ("steering", *first["loc"])))
-        remedy = "remove it" if first["type"] == "extra_forbidden" else "see GET /v1/capabilities and the documentation"
-        raise ApiError(422, f"{param}: {first['msg']}; {remedy}", param) from None
+        point, layer = parse_site(condition.site)
+    except SiteNameError as error:
+        raise OptionError("condition.site", str(error)) from None
+    if point != version.manifest.point:
+        raise OptionError("condition.site", f"{version.ref} is for {version.manifest.point}, not for {point}")
+    return layer

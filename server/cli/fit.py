@@ -181,7 +181,7 @@ async def _local(spec: FitSpec, model: str, data_dir: Path, reporter: Reporter) 
     args = frontend.parse_args(resolved, settings, [])
     reporter.step("starting the engine")
     try:
-        async with frontend.open_engine(args) as engine:
+        async with frontend.open_engine(args, settings) as engine:
             publication = await run_fit(
                 spec, engine, store, model_identity(resolved.path), datetime.now(UTC), reporter.progress(spec.name)
             )

@@ -25,9 +25,9 @@ def serve(
     demo: Annotated[
         bool, typer.Option(envvar="POLYHELM_DEMO", help="Fit the demo artifacts if they are missing.")
     ] = False,
-    bank_slots: Annotated[
-        int, typer.Option(envvar="POLYHELM_BANK_SLOTS", min=2, help="Steering vectors kept on the device at a time.")
-    ] = 128,
+    bank_bytes: Annotated[
+        int, typer.Option(envvar="POLYHELM_BANK_BYTES", min=4096, help="What artifacts may take of the device.")
+    ] = 256 << 20,
     prefix_cache: Annotated[
         PrefixCache,
         typer.Option(
@@ -49,7 +49,7 @@ def serve(
         port=port,
         data_dir=data_dir,
         demo=demo,
-        bank_slots=bank_slots,
+        bank_bytes=bank_bytes,
         prefix_cache=prefix_cache,
     )
     try:

@@ -1,121 +1,99 @@
-"""Artifact vectors resident on the device, and who is using them.
+"""Operands resident on the device.
 
-`Bank` lives in the worker: one float32 row per slot and site, read by the op. `BankDirectory` lives in the API process:
-it gives out slots, uploads what is missing once, counts the requests that use a slot and evicts the least recently used
-idle one.
+`Bank` lives in each worker: one arena of float32 numbers, read by the op. Who lies where in it is decided in the engine
+core, by `bank_directory.py`; all workers do as they are told.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+from server.engine.operands import Piece, Role
+
+
+@dataclass(frozen=True)
+class Resident:
+    """An operand in the bank: where its tensors start in `Bank.data`, and their shapes, by layer and role."""
+
+    width: int
+    pieces: dict[tuple[int, Role], tuple[int, tuple[int, ...]]]
+
+    @cached_property
+    def layers(self) -> frozenset[int]:
+        return frozenset(layer for layer, _ in self.pieces)
+
+    @cached_property
+    def starts(self) -> dict[Role, npt.NDArray[np.int64]]:
+        """For each role, where its tensor starts at each layer [highest layer + 1]; -1 where there is none."""
+        starts = {role: np.full(max(self.layers) + 1, -1, np.int64) for _, role in self.pieces}
+        for (layer, role), (start, _) in self.pieces.items():
+            starts[role][layer] = start
+        return starts
+
+    def rank(self, layer: int) -> int:
+        """Rows of `encoder` or `right` at a layer."""
+        for role in ("encoder", "right"):
+            if (layer, role) in self.pieces:
+                return self.pieces[layer, role][1][0]
+        raise KeyError(f"layer {layer} has no rows")
 
 
 class Bank:
-    """`vectors` [sites, slots, hidden] float32 and `inverse_norms` [sites, slots] float32 (0 where the vector is 0)."""
+    """Lives in the worker: `data` float32 [numbers], one allocation for good, so that kernels and graphs can hold its
+    address. Who lies where is decided by the engine core's `BankDirectory`; all workers do as they are told.
+    """
 
-    def __init__(self, sites: int, slots: int, hidden_size: int, device: torch.device | str = "cpu") -> None:
-        self.vectors = torch.zeros(sites, slots, hidden_size, dtype=torch.float32, device=device)
-        self.inverse_norms = torch.zeros(sites, slots, dtype=torch.float32, device=device)
-        self._slots: dict[str, int] = {}
-        self._layers: dict[str, frozenset[int]] = {}
+    def __init__(self, numbers: int, device: torch.device | str = "cpu") -> None:
+        self.data = torch.zeros(numbers, dtype=torch.float32, device=device)
+        self._residents: dict[str, Resident] = {}
 
     @property
     def device(self) -> torch.device:
-        return self.vectors.device
+        return self.data.device
 
-    def load(self, key: str, slot: int, layers: Iterable[int], data: bytes) -> None:
-        """Put `key`'s vectors, little-endian float32 [layers, hidden], into `slot`, in place of what was there."""
-        sites, slots, hidden_size = self.vectors.shape
-        layers = list(layers)
-        if not 0 <= slot < slots or not layers or not all(0 <= layer < sites for layer in layers):
-            raise ValueError(f"slot {slot} or layers {layers} are outside the bank of {slots} slots and {sites} layers")
-        rows = torch.from_numpy(np.frombuffer(data, "<f4").reshape(len(layers), hidden_size).copy())
-        for old in [old for old, taken in self._slots.items() if taken == slot]:
-            del self._slots[old], self._layers[old]
-        self.vectors[:, slot] = 0
-        self.vectors[layers, slot] = rows.to(self.vectors.device)
-        norms = self.vectors[:, slot].norm(dim=1)
-        self.inverse_norms[:, slot] = torch.where(norms > 0, 1 / norms, 0)
-        self._slots[key] = slot
-        self._layers[key] = frozenset(layers)
+    def rows(self, width: int) -> torch.Tensor:
+        """The bank as a matrix [rows, width]; every tensor of rows that wide starts at a whole row."""
+        return self.data[: len(self.data) // width * width].view(-1, width)
 
-    def slot(self, key: str, layers: Iterable[int]) -> int:
-        """The slot of `key`; RuntimeError when it isn't resident or lacks one of `layers`."""
-        if key not in self._slots:
-            raise RuntimeError(f"bank has no {key!r}: a request reached the engine before its artifact")
-        if missing := set(layers) - self._layers[key]:
-            raise RuntimeError(f"bank has no layers {sorted(missing)} of {key!r}")
-        return self._slots[key]
+    def tensor(self, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.data[start : start + math.prod(shape)].view(shape)
 
+    def write(self, start: int, data: bytes) -> None:
+        """Put little-endian float32 numbers at `start`. IndexError where the bank ends before them."""
+        values = torch.from_numpy(np.frombuffer(data, "<f4").copy())
+        if not 0 <= start <= len(self.data) - len(values):
+            raise IndexError(f"{len(values)} numbers at {start} are outside the bank of {len(self.data)}")
+        self.data[start : start + len(values)].copy_(values)
 
-class BankFull(Exception):
-    """Every slot is in use by a running request."""
+    def bind(self, key: str, start: int, width: int, pieces: Sequence[Piece], shard: tuple[int, int] = (0, 1)) -> None:
+        """Make `key` readable, once its run at `start` is written.
 
-
-@dataclass(slots=True)
-class _Entry:
-    slot: int
-    users: int = 0
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-    failed: bool = False
-
-
-class BankDirectory:
-    """Slots by key. Not thread-safe: it belongs to one event loop."""
-
-    def __init__(self, slots: int) -> None:
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._free = list(range(slots - 1, -1, -1))
-        self.slots = slots
-
-    @property
-    def resident(self) -> list[str]:
-        """Keys on the device, least recently used first."""
-        return list(self._entries)
-
-    async def acquire(self, key: str, upload: Callable[[int], Awaitable[None]]) -> None:
-        """Hold `key` for one request, calling `upload(slot)` when it isn't resident. Pair with `release`.
-
-        Raises BankFull, or whatever `upload` raises.
+        `shard` is (rank, ranks) at a point whose activation is split over ranks. Each row keeps its place and its full
+        length; its first width / ranks numbers become this rank's part.
         """
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = self._entries[key] = _Entry(self._take_slot(), users=1)
-            try:
-                await upload(entry.slot)
-            except BaseException:
-                entry.failed = True
-                del self._entries[key]
-                self._free.append(entry.slot)
-                raise
-            finally:
-                entry.ready.set()
-            return
-        entry.users += 1
-        self._entries.move_to_end(key)
-        try:
-            await entry.ready.wait()
-        except BaseException:
-            entry.users -= 1
-            raise
-        if entry.failed:
-            # The upload failed for its owner; each waiter tries again and so gets the reason itself.
-            await self.acquire(key, upload)
+        if start % width:
+            raise ValueError(f"{key!r} starts at {start}, which is no multiple of its width {width}")
+        resident = Resident(width, {(piece.layer, piece.role): (start + piece.start, piece.shape) for piece in pieces})
+        rank, ranks = shard
+        part = width // ranks
+        for first, shape in resident.pieces.values() if rank else ():
+            if shape[-1] == width:
+                rows = self.tensor(first, shape).view(-1, width)
+                rows[:, :part] = rows[:, rank * part : (rank + 1) * part].clone()
+        self._residents[key] = resident
 
-    def release(self, key: str) -> None:
-        self._entries[key].users -= 1
+    def drop(self, key: str) -> None:
+        self._residents.pop(key, None)
 
-    def _take_slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        for key, entry in self._entries.items():
-            if entry.users == 0:
-                del self._entries[key]
-                return entry.slot
-        raise BankFull(f"all {self.slots} bank slots are in use by running requests; retry, or raise --bank-slots")
+    def resident(self, key: str) -> Resident:
+        """Where `key` lies; RuntimeError when it doesn't: a request must never run without its operand."""
+        if key not in self._residents:
+            raise RuntimeError(f"bank has no {key!r}: a request reached the worker before its operand")
+        return self._residents[key]

@@ -5,42 +5,57 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 from vllm import SamplingParams
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import GenerationError, VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.engine.banks import BankDirectory
-from server.engine.capture import Pooling
+from server.engine.bank_directory import BankFull
+from server.engine.capture import CaptureSpec, Pooling, pooling_span
 from server.engine.edits import Program
-from server.engine.seams import CAPTURE, PROGRAM, RECEIPT
+from server.engine.seams import CAPTURE, PROGRAM, RECEIPT, program_of
+from server.engine.seams.core import MISSING
+from server.engine.spans import clip
+from server.engine.spool import Stored, joined
+from server.engine.uploader import Loader, Uploader
 
 PrefixCache = Literal["tagged", "cache_salt", "off"]
 
 
-class Vectors(NamedTuple):
-    """An operand: one float32 vector [hidden] for each of `layers`, stacked [layers, hidden]."""
-
-    layers: list[int]
-    data: np.ndarray
+ATTEMPTS = 4
+"""How often a request is sent whose operands go missing between their upload and its arrival."""
 
 
 class Counts(NamedTuple):
     """Tokens that the op edited, and tokens of each edit's span that the prefix cache held already."""
 
     touched: list[list[int]]
-    """[edits][sites]."""
+    """[edits][layers of the edit]."""
     cached: list[int]
 
 
-Loader = Callable[[], Awaitable[Vectors]]
+_loaders: ContextVar[Mapping[str, Loader] | None] = ContextVar("polyhelm_loaders", default=None)
+"""Of the operands that the task ensured last. vLLM's handlers, which the same task calls, know nothing of them."""
+
+
+class Unavailable(GenerationError, BankFull):
+    """A request that vLLM's handlers run couldn't be steered now. They answer it as 503."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.status_code = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 class Captured(NamedTuple):
@@ -52,28 +67,67 @@ class Captured(NamedTuple):
     """Mean L2 norm, float32 [sites]."""
 
 
+class CaptureRun(NamedTuple):
+    """A prompt that ran, what was captured of it by site, and what the op counted where it was steered."""
+
+    output: RequestOutput
+    tensors: dict[str, Stored]
+    counts: Counts | None
+
+
 @dataclass
 class Engine:
-    """A running vLLM engine that can steer. Belongs to one event loop."""
+    """A running vLLM engine that can steer. Belongs to one event loop.
+
+    `bank_bytes` is what each engine core has for operands, `bank_host_bytes` what this process keeps copies in.
+    """
 
     client: AsyncLLM
-    bank: BankDirectory
     max_edits: int
+    bank_bytes: int
+    bank_host_bytes: int
+    bank_wait_seconds: float
     layers: int = 0
     hidden_size: int = 0
     runner: str = ""
+    points: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By point: width, opcodes (none where it can't be edited), shards, and the reason for what is missing."""
+    captures: str | None = None
+    """Why activations can't be captured, or None if they can."""
     prefix_cache: PrefixCache = "off"
     _receipts: list[tuple[str, asyncio.Future[Counts]]] = field(default_factory=list)
     _collector: asyncio.Task[None] | None = None
 
+    def __post_init__(self) -> None:
+        self._uploader = Uploader(
+            lambda: self.client.engine_core.core_engines,
+            self._call,
+            host_bytes=self.bank_host_bytes,
+            wait_seconds=self.bank_wait_seconds,
+        )
+        # vLLM's own handlers call it as well.
+        self._generate = self.client.generate
+        self.client.generate = self._with_operands  # type: ignore[method-assign]
+
     async def describe(self) -> None:
-        """Ask the worker what it installed."""
-        (described,) = await self.client.collective_rpc("polyhelm_describe")
+        """Ask the workers what they installed."""
+        described, *_ = (await self._ask_workers("polyhelm_describe"))[0]
         self.layers, self.hidden_size, self.runner = (
             described["layers"],
             described["hidden_size"],
             described["runner"],
         )
+        self.points, self.captures = described["points"], described["captures"]
+
+    async def _call(self, engine: Any, method: str, *arguments: Any) -> Any:
+        """Call a method of one engine core."""
+        return await self.client.engine_core._call_utility_async(method, *arguments, engine=engine)
+
+    async def _ask_workers(self, method: str, *arguments: Any) -> list[list[Any]]:
+        """The answers of all workers [engine cores][workers]."""
+        engines = self.client.engine_core.core_engines
+        calls = (self._call(engine, "collective_rpc", method, None, arguments) for engine in engines)
+        return await asyncio.gather(*calls)
 
     @property
     def alive(self) -> bool:
@@ -96,26 +150,58 @@ class Engine:
         return self.client.model_config.max_model_len
 
     @property
+    def vocab_size(self) -> int:
+        return self.client.model_config.get_vocab_size()
+
+    @property
     def dtype(self) -> str:
         return str(self.client.model_config.dtype).removeprefix("torch.")
 
-    @asynccontextmanager
-    async def holding(self, operands: Mapping[str, Loader]) -> AsyncIterator[None]:
-        """Keep a request's operands on the device while it runs, uploading those that are missing. Raises BankFull."""
-        held: list[str] = []
-        try:
-            for key, load in operands.items():
-                await self.bank.acquire(key, lambda slot, key=key, load=load: self._upload(key, slot, load))
-                held.append(key)
-            yield
-        finally:
-            for key in held:
-                self.bank.release(key)
+    async def ensure(self, program: Program, loaders: Mapping[str, Loader]) -> None:
+        """Bring the operands of `program` onto the device, from `loaders` by bank key, before this task runs it.
 
-    async def _upload(self, key: str, slot: int, load: Loader) -> None:
-        layers, data = await load()
-        payload = np.ascontiguousarray(data, "<f4").tobytes()
-        await self.client.collective_rpc("polyhelm_load", args=(key, slot, layers, payload))
+        They stay while a request with the program runs. Raises BankFull, BankTooSmall, or whatever a loader raises.
+        """
+        await self._uploader.ensure(program, loaders)
+        _loaders.set(loaders)
+
+    def _with_operands(
+        self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[RequestOutput]:
+        # A forged program is no bytes; vLLM's input processor is about to refuse it.
+        if isinstance((sampling_params.extra_args or {}).get(PROGRAM), bytes):
+            program = program_of(sampling_params)
+            return self._resending(program, _loaders.get(), prompt, sampling_params, *args, **kwargs)
+        return self._generate(prompt, sampling_params, *args, **kwargs)
+
+    async def _resending(
+        self, program: Program, loaders: Mapping[str, Loader] | None, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[RequestOutput]:
+        """Generate, and where the engine sends the request back for want of an operand, upload it and send it again.
+
+        Raises Unavailable where that is of no use, or where some of several choices were under way already.
+        """
+        for _ in range(ATTEMPTS):
+            started = sent_back = False
+            async with aclosing(self._generate(*args, **kwargs)) as outputs:
+                async for output in outputs:
+                    missing = [choice.stop_reason == MISSING for choice in output.outputs]
+                    sent_back = sent_back or any(missing)
+                    if sent_back and (started or not all(missing)):
+                        raise Unavailable("the bank changed while the request was on its way: retry")
+                    if not sent_back:
+                        started = True
+                        yield output
+            if not sent_back:
+                return
+            if loaders is None:
+                raise RuntimeError("a program was run before its operands were ensured")
+            self._uploader.forget(program.operands)
+            try:
+                await self._uploader.ensure(program, loaders)
+            except BankFull as error:
+                raise Unavailable(str(error)) from error
+        raise Unavailable(f"the bank gave the request's operands away {ATTEMPTS} times: retry, or raise --bank-bytes")
 
     async def receipt(self, receipt: str) -> Counts:
         """What the op counted for the requests that carried `receipt`. RuntimeError if none ran. Closes the receipt.
@@ -132,21 +218,20 @@ class Engine:
         while self._receipts:
             batch, self._receipts = self._receipts, []
             try:
-                (counts,) = await self.client.collective_rpc(
-                    "polyhelm_receipts", args=([receipt for receipt, _ in batch],)
-                )
+                answers = await self._ask_workers("polyhelm_receipts", [receipt for receipt, _ in batch])
             except Exception as error:
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
                 continue
-            for (receipt, future), count in zip(batch, counts, strict=True):
+            for index, (receipt, future) in enumerate(batch):
+                counts = merged([[worker[index] for worker in workers] for workers in answers])
                 if future.done():
                     continue
-                if count is None:
+                if counts is None:
                     future.set_exception(RuntimeError(f"the engine has no receipt {receipt}: nothing was steered"))
                 else:
-                    future.set_result(Counts(**count))
+                    future.set_result(counts)
 
     def mark(self, request: Any, program: Program, receipt: str) -> None:
         """Put a program into one of vLLM's own request models, from where it reaches the sampling parameters."""
@@ -155,6 +240,10 @@ class Engine:
             # Without tagged blocks, a salt keeps every block of the request to its program; correct, but shares less.
             salt = f"{request.cache_salt or ''}\0{program.fingerprint}"
             request.cache_salt = hashlib.sha256(salt.encode()).hexdigest()
+
+    def mark_capture(self, request: Any, spec: CaptureSpec, receipt: str) -> None:
+        """Have one of vLLM's own request models leave behind what `captured(receipt)` returns."""
+        request.vllm_xargs = {**(request.vllm_xargs or {}), CAPTURE: spec.wire, RECEIPT: receipt.encode()}
 
     async def generate(
         self,
@@ -178,20 +267,105 @@ class Engine:
         return outputs[-1]
 
     async def capture(self, token_ids: Sequence[int], pooling: Pooling) -> Captured:
-        """The activation at every site for one text, averaged over its tokens or at its last one."""
+        """The residual stream after every layer for one text, averaged over its tokens or at its last one."""
+        sites = tuple(("resid_post", layer) for layer in range(self.layers))
+        run = await self.run_capture(token_ids, CaptureSpec(sites, pooling_span(pooling)), detokenize=False)
+        names = [f"{point}.{layer}" for point, layer in sites]
+        return Captured(
+            np.stack([run.tensors[name].numpy() for name in names]),
+            np.stack([run.tensors[f"{name}.norm"].numpy() for name in names]),
+        )
+
+    async def run_capture(
+        self,
+        token_ids: Sequence[int],
+        spec: CaptureSpec,
+        *,
+        max_tokens: int = 1,
+        temperature: float = 0,
+        seed: int | None = None,
+        detokenize: bool = True,
+        program: Program | None = None,
+    ) -> CaptureRun:
+        """Run one prompt, of which the prefix cache saves nothing, and collect what was captured.
+
+        A program's operands must have been ensured. Raises CaptureFailed where the activations couldn't be kept. When
+        it is cancelled, the request is aborted and the workers let go of everything.
+        """
         receipt = uuid.uuid4().hex
         params = SamplingParams(
-            max_tokens=1,
-            temperature=0,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
             skip_reading_prefix_cache=True,
-            detokenize=False,
-            extra_args={CAPTURE: pooling.encode()},
+            detokenize=detokenize,
+            extra_args={CAPTURE: spec.wire},
         )
-        await self.generate(token_ids, params, receipt=receipt)
-        ((captured,),) = await self.client.collective_rpc("polyhelm_captures", args=([receipt],))
-        if 0 in captured["tokens"]:
-            raise RuntimeError("a site captured nothing")
-        return Captured(
-            np.frombuffer(captured["mean"], np.float32).reshape(self.layers, self.hidden_size),
-            np.frombuffer(captured["norm"], np.float32),
-        )
+        salt = None
+        if program is not None and self.prefix_cache == "cache_salt":
+            salt = hashlib.sha256(f"\0{program.fingerprint}".encode()).hexdigest()  # the same as in `mark`
+        try:
+            output = await self.generate(token_ids, params, program, receipt, salt)
+            (choice,) = output.outputs
+            if choice.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"the engine ended the request: {choice.finish_reason}")
+            ran = clip(spec.span.intervals(len(token_ids)), 0, len(token_ids) + len(choice.token_ids) - 1)
+            tensors = await self._collected(receipt, sum(end - start for start, end in ran))
+            if missing := {f"{point}.{layer}" for point, layer in spec.sites} - tensors.keys():
+                raise RuntimeError(f"nothing was captured at {', '.join(sorted(missing))}")
+            return CaptureRun(output, tensors, None if program is None else await self.receipt(receipt))
+        except BaseException:
+            await self._ask_workers("polyhelm_drop_captured", receipt)
+            raise
+
+    async def chat_tokens(self, handler: Any, messages: Any) -> list[int]:
+        """The prompt that vLLM's chat handler makes of messages. ValueError with vLLM's reason where it makes none."""
+        try:
+            rendered = await handler.render_chat_request(ChatCompletionRequest(messages=messages))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
+        if not isinstance(rendered, tuple):
+            raise ValueError(rendered.error.message)
+        (prompt,) = rendered[1]
+        return list(prompt["prompt_token_ids"])
+
+    async def captured(self, receipt: str) -> dict[str, np.ndarray]:
+        """What the requests with a capture and this receipt left behind, by site (`Capture.tensors`).
+
+        RuntimeError where none did.
+        """
+        return {name: tensor.numpy() for name, tensor in (await self._collected(receipt)).items()}
+
+    async def _collected(self, receipt: str, tokens: int | None = None) -> dict[str, Stored]:
+        """Of the first `tokens` captured tokens, or of all."""
+        if self.captures is not None:
+            raise RuntimeError(self.captures)
+        answers = [
+            answer for workers in await self._ask_workers("polyhelm_captured", receipt, tokens) for answer in workers
+        ]
+        found = joined(answers, self.points)
+        if not found:
+            raise RuntimeError(f"nothing was captured for {receipt}")
+        return found
+
+
+def merged(answers: Sequence[Sequence[Mapping[str, Any] | None]]) -> Counts | None:
+    """One receipt from those of all workers [engine cores][workers]; None if nobody ran it.
+
+    Workers of one core ran the same requests, at sites that are the same (tensor parallel) or others (pipeline
+    parallel), so the largest number holds. Cores ran different requests of one receipt, so their numbers add up.
+    """
+    cores = [[counts for counts in workers if counts is not None] for workers in answers]
+    ran = [counts for counts in cores if counts]
+    if not ran:
+        return None
+    largest = [
+        ([np.max(each, axis=0) for each in zip(*(counts["touched"] for counts in core), strict=True)], core)
+        for core in ran
+    ]
+    touched = [np.sum(each, axis=0).tolist() for each in zip(*(edits for edits, _ in largest), strict=True)]
+    cached = np.sum([np.max([counts["cached"] for counts in core], axis=0) for _, core in largest], axis=0)
+    return Counts(touched, cached.tolist())

@@ -1,188 +1,138 @@
 """The edit program: what one request does to the model's activations.
 
-A program is an ordered tuple of edits. An edit names an opcode, the layers at whose `resid_post` it acts, the bank key
-of its operand (per-layer vectors of an artifact), a strength and a span of tokens. The canonical form of a program is
-JSON with sorted keys; its SHA-256 is the program's fingerprint. This module is pure: no vLLM, no torch.
-
-A span is evaluated from a token's absolute position, never from how the token is scheduled: `position >= prompt_len`
-means generated. Chunked prefill, preemption and one-token prefills therefore change nothing.
+A program is an ordered tuple of edits. An edit names an opcode, a point and the layers at which it acts, the bank key
+of its operand, a strength and a span of tokens. The canonical form of a program is JSON with sorted keys; its SHA-256
+is the program's fingerprint. This module is pure: no vLLM, no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-Opcode = Literal["add", "add_norm"]
-Point = Literal["resid_post"]
-Interval = tuple[int, int]
-"""Half-open range of absolute token positions."""
+from server.engine.spans import END, Interval, Span, clip
+
+Opcode = Literal["add", "add_norm", "scale", "rank", "map", "set", "renorm", "gate"]
+Point = Literal["resid_post", "mlp_out", "attn_out", "head_out", "mlp_act"]
+Activation = Literal["identity", "relu", "jumprelu"]
 
 OPCODES: tuple[Opcode, ...] = get_args(Opcode)
 POINTS: tuple[Point, ...] = get_args(Point)
-END = 1 << 62
-"""Upper bound of an interval that never ends."""
+WITHOUT_OPERAND: frozenset[Opcode] = frozenset({"renorm"})
 
 
-class SpanError(ValueError):
-    """A span that can't act on the prompt and generation it was given."""
+def site_index(point: Point, layer: int, layers: int) -> int:
+    """Number of a site among the `len(POINTS) * layers` sites of a model."""
+    return POINTS.index(point) * layers + layer
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Which tokens an edit touches. The includes are joined; the excludes always subtract.
+class Function:
+    """The f of `rank`: the coefficient of row k is c = a(x . e_k + b_k), or clip(c, low_k, high_k) - c with bounds.
 
-    Prompt positions and windows count from the prompt's start, or from its end when negative. Generation windows count
-    from the first generated token. Windows are half-open; an end of None means "to the end".
+    `low` and `high` have one number per row of the operand, or one for all; equal bounds pin the feature to a constant.
+    An absent bound is infinite. `jumprelu` is 0 at or below the operand's threshold, and the identity above it.
     """
 
-    prompt: bool = True
-    generation: bool = True
-    prompt_positions: tuple[int, ...] = ()
-    prompt_window: tuple[int, int | None] | None = None
-    generation_window: tuple[int, int | None] | None = None
-    exclude_prompt_positions: tuple[int, ...] = ()
-    exclude_prompt_window: tuple[int, int | None] | None = None
-    exclude_generation_window: tuple[int, int | None] | None = None
+    activation: Activation = "identity"
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
 
-    def intervals(self, prompt_len: int) -> tuple[Interval, ...]:
-        """The touched positions as sorted, disjoint, non-empty intervals; END stands for "never ends"."""
-        include: list[Interval] = []
-        if self.prompt:
-            include.append((0, prompt_len))
-        if self.generation:
-            include.append((prompt_len, END))
-        include += _positions(self.prompt_positions, prompt_len)
-        include += _prompt_window(self.prompt_window, prompt_len)
-        include += _generation_window(self.generation_window, prompt_len)
-        exclude = _positions(self.exclude_prompt_positions, prompt_len)
-        exclude += _prompt_window(self.exclude_prompt_window, prompt_len)
-        exclude += _generation_window(self.exclude_generation_window, prompt_len)
-        return _subtract(_union(include), _union(exclude))
-
-    def check(self, prompt_len: int, max_tokens: int) -> None:
-        """Raise SpanError when a named position is outside the prompt, or when no token that runs would be touched.
-
-        The last generated token is returned without being run through the model, hence `max_tokens - 1`.
-        """
-        for position in self.prompt_positions + self.exclude_prompt_positions:
-            if not -prompt_len <= position < prompt_len:
-                raise SpanError(
-                    f"position {position} is outside the prompt of {prompt_len} tokens; "
-                    f"use {-prompt_len} to {prompt_len - 1}"
-                )
-        if not clip(self.intervals(prompt_len), 0, prompt_len + max_tokens - 1):
-            raise SpanError(
-                f"the span is empty for a prompt of {prompt_len} tokens and max_tokens={max_tokens}; widen it, or "
-                "raise max_tokens (the last generated token never runs through the model)"
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that differ from the default, so that equal spans have equal canonical forms."""
-        default = Span()
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name in self.__dataclass_fields__
-            if (value := getattr(self, name)) != getattr(default, name)
-        }
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Span:
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-        }
-        return cls(**values)
+    @property
+    def clamps(self) -> bool:
+        return self.low is not None or self.high is not None
 
 
-def _positions(positions: Iterable[int], prompt_len: int) -> list[Interval]:
-    absolute = (position + prompt_len if position < 0 else position for position in positions)
-    return [(position, position + 1) for position in absolute if 0 <= position < prompt_len]
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """When a `gate` is open: its read-out of x, `dot` = x . v or `cosine` = x . v / (||x|| ||v||), is above the
+    threshold, or below it.
 
+    `token` decides for every token at each of the gate's sites. `sequence` decides once, at the last prompt token of
+    the gate's only site, and holds for the generation.
+    """
 
-def _prompt_window(window: tuple[int, int | None] | None, prompt_len: int) -> list[Interval]:
-    if window is None:
-        return []
-    start, end = window
-    start = max(start + prompt_len, 0) if start < 0 else start
-    end = prompt_len if end is None else end + prompt_len if end < 0 else min(end, prompt_len)
-    return [(start, end)]
-
-
-def _generation_window(window: tuple[int, int | None] | None, prompt_len: int) -> list[Interval]:
-    if window is None:
-        return []
-    start, end = window
-    return [(prompt_len + start, END if end is None else prompt_len + end)]
-
-
-def _union(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
-    merged: list[Interval] = []
-    for start, end in sorted(interval for interval in intervals if interval[0] < interval[1]):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return tuple(merged)
-
-
-def _subtract(include: tuple[Interval, ...], exclude: tuple[Interval, ...]) -> tuple[Interval, ...]:
-    left: list[Interval] = []
-    for start, end in include:
-        for cut_start, cut_end in exclude:
-            if cut_end <= start or cut_start >= end:
-                continue
-            if start < cut_start:
-                left.append((start, cut_start))
-            start = cut_end
-        if start < end:
-            left.append((start, end))
-    return tuple(left)
-
-
-def clip(intervals: tuple[Interval, ...], start: int, end: int) -> tuple[Interval, ...]:
-    """The part of `intervals` inside [start, end)."""
-    return tuple(
-        (max(a, start), min(b, end)) for a, b in intervals if a < end and b > start and max(a, start) < min(b, end)
-    )
+    readout: Literal["dot", "cosine"]
+    threshold: float
+    above: bool = True
+    scope: Literal["token", "sequence"] = "token"
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One opcode at `resid_post` of some layers. For a token's activation x [hidden], in float32 and written back once:
+    """One opcode at one point of some layers. For a token's activation x [width], in float32 and written back once:
 
-    `add`: x += strength * v            `add_norm`: x += strength * ||x|| * v / ||v||
+    | opcode | formula | operand, per layer |
+    |---|---|---|
+    | add | x += s v | vector v [width] |
+    | add_norm | x += s ||x|| v / ||v|| | vector v [width] |
+    | scale | x_i *= 1 + s m_i | mask m [width] |
+    | rank | c_k = f(x . e_k + b_k); x += s sum_k c_k d_k | encoder e and decoder d [rank, width], bias b, threshold |
+    | map | x += s W x | matrix W [width, width], or left [width, rank] and right [rank, width] with W = left right |
+    | set | x = r | vector r [width] |
+    | renorm | x *= ||x0|| / ||x||, x0 being the activation before the program's first edit here | none |
+    | gate | the edits that name it act only while it is open | vector v [width] |
 
-    where v [hidden] is the vector of that layer in the bank under the key `operand`, such as an artifact digest.
+    s is `strength`. `operand` is a bank key, such as an artifact digest. `gate` is the index, in the program, of an
+    earlier gate that this edit obeys.
     """
 
     opcode: Opcode
-    operand: str
+    operand: str | None
     layers: tuple[int, ...]
-    strength: float
+    strength: float = 1.0
     span: Span = Span()
+    point: Point = "resid_post"
+    function: Function | None = None
+    condition: Condition | None = None
+    gate: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        """Fields at their defaults are left out, so that equal edits have equal canonical forms."""
+        fields: dict[str, Any] = {
             "opcode": self.opcode,
-            "operand": self.operand,
             "layers": list(self.layers),
             "strength": self.strength,
             "span": self.span.to_json(),
         }
+        if self.operand is not None:
+            fields["operand"] = self.operand
+        if self.point != "resid_post":
+            fields["point"] = self.point
+        if self.function is not None:
+            fields["function"] = _plain(self.function)
+        if self.condition is not None:
+            fields["condition"] = _plain(self.condition)
+        if self.gate is not None:
+            fields["gate"] = self.gate
+        return fields
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Edit:
+        function, condition = fields.get("function"), fields.get("condition")
         return cls(
             opcode=fields["opcode"],
-            operand=fields["operand"],
+            operand=fields.get("operand"),
             layers=tuple(fields["layers"]),
             strength=fields["strength"],
             span=Span.from_json(fields["span"]),
+            point=fields.get("point", "resid_post"),
+            function=Function(**_tuples(function)) if function is not None else None,
+            condition=Condition(**condition) if condition is not None else None,
+            gate=fields.get("gate"),
         )
+
+
+class ProgramError(ValueError):
+    """A program whose edits contradict each other. `index` is the edit at fault."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 @dataclass(frozen=True)
@@ -205,6 +155,11 @@ class Program:
         return cls(tuple(Edit.from_json(fields) for fields in json.loads(wire)))
 
     @cached_property
+    def operands(self) -> tuple[str, ...]:
+        """The bank keys that the program reads, each once."""
+        return tuple(dict.fromkeys(edit.operand for edit in self.edits if edit.operand is not None))
+
+    @cached_property
     def _body_digest(self) -> str:
         """Digest of the edits without their spans, for tagging cache blocks by what was done rather than by how it
         was asked.
@@ -212,9 +167,45 @@ class Program:
         bodies = [{**edit.to_json(), "span": None} for edit in self.edits]
         return hashlib.sha256(_canonical(bodies)).hexdigest()
 
+    def check(self) -> None:
+        """Raise ProgramError where an edit names no fitting gate, or a gate couldn't decide for it."""
+        for index, edit in enumerate(self.edits):
+            if (edit.opcode == "gate") != (edit.condition is not None):
+                raise ProgramError(index, "a gate needs a condition, and nothing else has one")
+            if (edit.opcode in WITHOUT_OPERAND) != (edit.operand is None):
+                raise ProgramError(index, f"{edit.opcode} and its operand don't fit together")
+            if edit.condition is not None and edit.condition.scope == "sequence" and len(edit.layers) != 1:
+                raise ProgramError(index, "a gate for the whole sequence decides at one layer")
+            if edit.gate is not None:
+                self._check_gate(index, edit, edit.gate)
+
+    def _check_gate(self, index: int, edit: Edit, gate_index: int) -> None:
+        if not 0 <= gate_index < index or self.edits[gate_index].condition is None:
+            raise ProgramError(index, f"edit {gate_index} is no gate before this edit")
+        gate = self.edits[gate_index]
+        assert gate.condition is not None
+        if edit.opcode == "gate":
+            raise ProgramError(index, "a gate can't obey another gate")
+        if gate.condition.scope == "token" and (edit.point != gate.point or set(edit.layers) - set(gate.layers)):
+            raise ProgramError(index, "a gate for single tokens decides only at its own point and layers")
+
     def intervals(self, prompt_len: int) -> tuple[tuple[Interval, ...], ...]:
-        """The touched positions of each edit, for a prompt of that many tokens."""
-        return tuple(edit.span.intervals(prompt_len) for edit in self.edits)
+        """The positions at which each edit acts, for a prompt of that many tokens.
+
+        A gate for the sequence is read at the last prompt token. Edits behind it act from that token on at the gate's
+        site and at later layers, and from the first generated token on elsewhere, where that token has passed already.
+        Were they to act there when the token is run again after a preemption, the answer would depend on the schedule.
+        """
+        return tuple(self._intervals(edit, prompt_len) for edit in self.edits)
+
+    def _intervals(self, edit: Edit, prompt_len: int) -> tuple[Interval, ...]:
+        if edit.condition is not None and edit.condition.scope == "sequence":
+            return ((prompt_len - 1, prompt_len),)
+        intervals = edit.span.intervals(prompt_len)
+        gate = self.edits[edit.gate] if edit.gate is not None else None
+        if gate is None or gate.condition is None or gate.condition.scope == "token":
+            return intervals
+        return clip(intervals, prompt_len - 1 if follows(edit, gate) else prompt_len, END)
 
     def block_tag(self, intervals: tuple[tuple[Interval, ...], ...], start: int, end: int) -> str | None:
         """What this program did to the KV-cache block of positions [start, end); None when it touched nothing there.
@@ -222,10 +213,32 @@ class Program:
         `intervals` is `self.intervals(prompt_len)`. Two requests may share the block exactly when their tags agree:
         equal edits that touched the same positions of it. Hash chaining carries what happened in earlier blocks.
         """
-        touched = [clip(each, start, end) for each in intervals]
+        touched = [
+            () if edit.opcode == "gate" else clip(each, start, end)
+            for edit, each in zip(self.edits, intervals, strict=True)
+        ]
         if not any(touched):
             return None
         return f"{self._body_digest}:{touched}"
+
+
+def follows(edit: Edit, gate: Edit) -> bool:
+    """Whether the edit acts at the gate's own site or only at layers after it, so that it sees the decision at once."""
+    layer = gate.layers[0]
+    return all(each > layer or (each == layer and edit.point == gate.point) for each in edit.layers)
+
+
+def _plain(part: Function | Condition) -> dict[str, Any]:
+    """The fields of a dataclass that differ from its defaults."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, field in part.__dataclass_fields__.items()
+        if (value := getattr(part, name)) != field.default
+    }
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _canonical(value: Any) -> bytes:

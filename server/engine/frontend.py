@@ -7,22 +7,22 @@ import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from server.engine.banks import BankDirectory
+from server.engine.bank_directory import BankTooSmall
 from server.engine.client import Engine
-from server.engine.plugin import ENABLED
+from server.engine.plugin import ENABLED, PLUGIN
 from server.engine.probe import probe
 from server.engine.seams import PREFIX_CACHE, SeamError, patch
+from server.engine.seams.engine_config import engine_config
 from server.engine.sites import CONFIG_KEY, UnsupportedModel, refuse_unsupported
 from server.models import ResolvedModel
 from server.settings import Settings
 
-WORKER_EXTENSION = "server.engine.worker.WorkerExtension"
-MAX_EDITS = 16
-"""Interventions per request."""
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 
 class EngineStartError(RuntimeError):
@@ -39,30 +39,28 @@ def parse_args(model: ResolvedModel, settings: Settings, extra: Sequence[str]) -
     if on_cpu:
         # GiB of KV cache. vLLM's own default takes half of the machine's memory.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    # This version steers in vLLM's V1 model runner; on a GPU vLLM would choose V2.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ[ENABLED] = "1"
     os.environ[PREFIX_CACHE] = settings.prefix_cache
     defaults = ["--model", model.path, "--served-model-name", model.name]
     defaults += ["--host", settings.host, "--port", str(settings.port)]
     # Eager is the only mode that this version steers in; on CPU, compiled SmolLM2 was seen to give wrong text besides.
-    defaults += ["--enforce-eager", "--worker-extension-cls", WORKER_EXTENSION]
+    defaults += ["--enforce-eager"]
     parser = make_arg_parser(FlexibleArgumentParser(prog="polyhelm serve"))
     args = parser.parse_args([*defaults, *extra])
     validate_parsed_serve_args(args)
-    if args.worker_extension_cls != WORKER_EXTENSION:
-        raise EngineStartError("--worker-extension-cls is taken by polyhelm: leave it out")
-    if (args.api_server_count or 1) > 1:
-        raise EngineStartError("--api-server-count above 1 isn't supported yet: run replicas behind a load balancer")
-    args.additional_config = {
-        **(args.additional_config or {}),
-        CONFIG_KEY: {"bank_slots": settings.bank_slots, "max_edits": MAX_EDITS},
-    }
+    refuse_args(args)
+    args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: engine_config(settings)}
     return args
 
 
+def refuse_args(args: Namespace) -> None:
+    """Raise EngineStartError for a vLLM server option that polyhelm can't serve with."""
+    if (args.api_server_count or 1) > 1:
+        raise EngineStartError("--api-server-count above 1 isn't supported yet: run replicas behind a load balancer")
+
+
 @asynccontextmanager
-async def open_engine(args: Namespace) -> AsyncIterator[Engine]:
+async def open_engine(args: Namespace, settings: Settings) -> AsyncIterator[Engine]:
     """Start vLLM, install the seams, and prove that steering works; yields the `Engine`. Raises EngineStartError."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -83,17 +81,21 @@ async def open_engine(args: Namespace) -> AsyncIterator[Engine]:
         disable_log_stats=engine_args.disable_log_stats,
     )
     try:
-        yield await _proved(client, args.additional_config[CONFIG_KEY])
+        yield await prove(client, settings)
     finally:
         client.shutdown(timeout=vllm_config.shutdown_timeout)
 
 
-async def _proved(client: Any, config: dict[str, int]) -> Engine:
-    engine = Engine(client, BankDirectory(config["bank_slots"]), config["max_edits"])
+async def prove(client: AsyncLLM, settings: Settings) -> Engine:
+    """Show that steering works in a started engine. Raises EngineStartError when it doesn't."""
+    config = client.vllm_config.additional_config[CONFIG_KEY]
+    engine = Engine(
+        client, config["max_edits"], config["bank_bytes"], settings.bank_host_bytes, settings.bank_wait_seconds
+    )
     await engine.describe()
     try:
         await probe(engine)
-    except SeamError as error:
+    except (SeamError, BankTooSmall) as error:
         raise EngineStartError(f"the start-up check failed: {error}") from error
     return engine
 
@@ -112,11 +114,18 @@ async def build_vllm_app(engine: Engine, args: Namespace) -> FastAPI:
     from vllm.entrypoints.launchers.app import build_app
 
     tasks = await engine.client.get_supported_tasks()
-    app = build_app(args, tasks, engine.client.model_config)
-    # vLLM's bootstrap for SageMaker has built the stack already, and Starlette takes no handlers and middleware after
-    # that; without one it builds it, from all that is registered, when the first message arrives.
-    app.middleware_stack = None
+    app = reopen(build_app(args, tasks, engine.client.model_config))
+    # Our plugin is for vLLM's own server; here the caller extends the app.
+    app.state.endpoint_plugins = [each for each in app.state.endpoint_plugins if each.name != PLUGIN]
     await init_app_state(engine.client, app.state, args, tasks)
+    return app
+
+
+def reopen(app: FastAPI) -> FastAPI:
+    """Let vLLM's app take handlers and middleware again, before it serves."""
+    # vLLM's bootstrap for SageMaker has built the stack already, and Starlette takes none after that; without a stack
+    # it builds one, from all that is registered, when the first message arrives.
+    app.middleware_stack = None
     return app
 
 

@@ -1,4 +1,4 @@
-"""vLLM's `vllm.general_plugins` entry point: runs in every vLLM process, and acts only where polyhelm started it."""
+"""vLLM's `vllm.general_plugins` entry point: runs in every vLLM process, and acts only where it is switched on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import signal
 import sys
 from multiprocessing.process import BaseProcess
 
+PLUGIN = "polyhelm"
+"""The name of both entry points, and so what VLLM_PLUGINS has to list for a stock `vllm serve`."""
 ENABLED = "POLYHELM_ENGINE"
-"""Set in the environment by polyhelm's server before it starts the engine, and inherited by the engine's processes."""
+"""Set to 1 in the environment by polyhelm's server, or by the user of a stock `vllm serve`; inherited by the engine."""
+ENGINE_PROCESSES = ("EngineCore", "VllmWorker")
+"""How the names begin of the processes that vLLM starts to hold a model."""
 
 
 def register() -> None:
@@ -19,7 +23,9 @@ def register() -> None:
 
         patch()
         parent = multiprocessing.parent_process()
-        if parent is not None and sys.platform == "linux":
+        # Not every process that has a parent: a supervisor may have started the whole server, and outlived its thread.
+        ours = multiprocessing.current_process().name.startswith(ENGINE_PROCESSES)
+        if parent is not None and ours and sys.platform == "linux":
             die_with(parent)
 
 

@@ -14,30 +14,39 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 
-from server.engine.client import Counts, Engine, Vectors
-from server.engine.edits import Edit, Program
+from server.engine.client import Counts, Engine
+from server.engine.edits import Edit, Point, Program
+from server.engine.operands import Operand, pack
 from server.engine.seams import PROGRAM, SeamError
 
-KEY = "polyhelm-probe"
 STRENGTH = 2.0
 PROMPT_TOKENS = 3
 
 
 async def probe(engine: Engine) -> None:
     """Raise SeamError, naming what failed. Sets `engine.prefix_cache`."""
-    vectors = np.random.default_rng(0).standard_normal((engine.layers, engine.hidden_size)).astype(np.float32)
-
-    async def load() -> Vectors:
-        return Vectors(list(range(engine.layers)), vectors)
-
-    async with engine.holding({KEY: load}):
-        await _check_sites(engine)
-        await _check_admission(engine)
-        await _check_prefix_cache(engine)
+    for point, info in engine.points.items():
+        if info["opcodes"]:
+            await _check_sites(engine, point)  # type: ignore[arg-type]
+    await _check_admission(engine)
+    await _check_prefix_cache(engine)
 
 
-def _program(*layers: int) -> Program:
-    return Program((Edit("add_norm", KEY, layers, STRENGTH),))
+def _program(point: Point, layer: int) -> Program:
+    """Scale a random half of the activation: the one opcode that acts at every point, whatever its size there."""
+    return Program((Edit("scale", f"polyhelm-probe-{point}", (layer,), STRENGTH, point=point),))
+
+
+async def _load(engine: Engine, program: Program) -> None:
+    (edit,) = program.edits
+    assert edit.operand is not None
+    width = engine.points[edit.point]["width"]
+
+    async def operand() -> Operand:
+        rng = np.random.default_rng(0)
+        return pack({layer: {"mask": rng.integers(0, 2, width).astype(np.float32)} for layer in range(engine.layers)})
+
+    await engine.ensure(program, {edit.operand: operand})
 
 
 def _greedy() -> SamplingParams:
@@ -49,24 +58,24 @@ def _first(output: RequestOutput) -> tuple[int, float | None]:
     return completion.token_ids[0], completion.cumulative_logprob
 
 
-async def _check_sites(engine: Engine) -> None:
+async def _check_sites(engine: Engine, point: Point) -> None:
     """One request per layer, all in one batch with an unsteered one."""
     prompt = list(range(5, 5 + PROMPT_TOKENS))
+    await _load(engine, _program(point, 0))
 
     async def steered(layer: int) -> tuple[tuple[int, float | None], Counts]:
-        receipt = f"{KEY}-{layer}"
-        output = await engine.generate(prompt, _greedy(), _program(layer), receipt)
+        receipt = f"polyhelm-probe-{point}-{layer}"
+        output = await engine.generate(prompt, _greedy(), _program(point, layer), receipt)
         return _first(output), await engine.receipt(receipt)
 
     plain, *results = await asyncio.gather(
         engine.generate(prompt, _greedy()), *(steered(layer) for layer in range(engine.layers))
     )
     for layer, (first, counts) in enumerate(results):
-        expected = Counts([[PROMPT_TOKENS if site == layer else 0 for site in range(engine.layers)]], [0])
         if first == _first(plain):
-            raise SeamError(f"resid_post.{layer} is installed but steering it doesn't change the output")
-        if counts != expected:
-            raise SeamError(f"resid_post.{layer} counted {counts}, expected {expected}")
+            raise SeamError(f"{point}.{layer} is installed but editing it doesn't change the output")
+        if counts != Counts([[PROMPT_TOKENS]], [0]):
+            raise SeamError(f"{point}.{layer} counted {counts}, expected {PROMPT_TOKENS} tokens")
 
 
 async def _check_admission(engine: Engine) -> None:
@@ -89,7 +98,8 @@ async def _check_prefix_cache(engine: Engine) -> None:
     prompt = [5 + position % 50 for position in range(block + 1)]
     if len(prompt) >= engine.max_model_len:
         raise SeamError(f"--max-model-len must exceed the cache block size, {block} (or set a smaller --block-size)")
-    program = _program(0)
+    program = _program("resid_post", 0)
+    await _load(engine, program)
     await engine.generate(prompt, _greedy())
     cached = [(await engine.generate(prompt, _greedy(), each)).num_cached_tokens for each in (program, program, None)]
     if cached == [0, block, block]:

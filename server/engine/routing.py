@@ -1,7 +1,7 @@
 """From a scheduled batch to what each site does in this step.
 
-`Router` is the same for every model runner; an adapter (seams.py) gives it a `BatchView` after the runner has laid out
-its batch. Which tokens are touched follows from absolute positions alone.
+`Router` is the same for every model runner; an adapter (seams/runner_*.py) gives it a `BatchView` after the runner has
+laid out its batch. Which tokens are touched follows from absolute positions alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from itertools import count
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 from server.engine.banks import Bank
 from server.engine.capture import Capture, CaptureSlice
-from server.engine.edits import Interval, Program, clip
-from server.engine.ops.apply import BoundEdit, Segment, SiteWork, prepare
+from server.engine.edits import POINTS, Program, site_index
+from server.engine.ops.apply import UNDECIDED, Segment, SiteWork, State, prepare
+from server.engine.ops.stages import BoundEdit
+from server.engine.ops.tables import Tables
+from server.engine.spans import Interval, clip
 
 T = TypeVar("T")
 
@@ -36,8 +40,8 @@ class BatchView(NamedTuple):
 class Counts(NamedTuple):
     """What one receipt says."""
 
-    touched: np.ndarray
-    """Tokens the op edited [sites, edits]."""
+    touched: list[np.ndarray]
+    """For each edit, the tokens that the op edited at each of its layers; for a gate, those at which it was read."""
     cached: np.ndarray
     """Tokens of each edit's span that the prefix cache held already [edits]."""
 
@@ -49,6 +53,7 @@ class _Row:
     serial: int
     index: int
     edits: tuple[tuple[BoundEdit, frozenset[int]], ...]
+    """Each edit and the sites at which it acts."""
     intervals: tuple[tuple[Interval, ...], ...]
     receipt: str | None
     capture: Capture | None
@@ -70,19 +75,25 @@ class _Piece:
 
 @dataclass
 class Router:
-    """Knows the running programs; `works[site]` is None where a step has nothing to do."""
+    """Knows the running programs; `works[site]` is None where a step has nothing to do.
+
+    With `tables`, programs and steps are laid out there, for the kernels, and a `SiteWork` holds no more than captures.
+    """
 
     bank: Bank
-    sites: int
+    layers: int
     max_requests: int
     max_edits: int
+    tables: Tables | None = None
     works: list[SiteWork | None] = field(init=False)
-    touched: np.ndarray = field(init=False)
-    """Tokens touched [sites, max_requests * max_edits], incremented by the op."""
+    state: State = field(init=False)
 
     def __post_init__(self) -> None:
+        self.sites = len(POINTS) * self.layers
         self.works = [None] * self.sites
-        self.touched = np.zeros((self.sites, self.max_requests * self.max_edits), np.int64)
+        touched = np.zeros((self.sites, self.max_requests * self.max_edits), np.int64)
+        decisions = torch.zeros(self.max_requests, self.max_edits, dtype=torch.int8, device=self.bank.device)
+        self.state = State(self.bank, self.layers, self.max_edits, touched, decisions)
         self._rows: dict[str, _Row] = {}
         self._serials = count()
         self._free = list(range(self.max_requests - 1, -1, -1))
@@ -93,18 +104,26 @@ class Router:
     def admit(
         self, request_id: str, program: Program | None, receipt: str | None, capture: Capture | None, prompt_len: int
     ) -> None:
-        """Remember a request. RuntimeError when a vector isn't resident: it must never run unsteered."""
-        edits = program.edits if program is not None else ()
-        bound = tuple(
-            (BoundEdit(edit.opcode, self.bank.slot(edit.operand, edit.layers), edit.strength), frozenset(edit.layers))
-            for edit in edits
-        )
+        """Remember a request. RuntimeError when an operand isn't resident: it must never run unsteered."""
+        bound = tuple(self._bind(program, index) for index in range(len(program.edits))) if program is not None else ()
         intervals = program.intervals(prompt_len) if program is not None else ()
         if not self._free:
             self._grow()
-        self._rows[request_id] = _Row(next(self._serials), self._free.pop(), bound, intervals, receipt, capture)
+        row = _Row(next(self._serials), self._free.pop(), bound, intervals, receipt, capture)
+        if self.tables is not None and program is not None:
+            self.tables.set_row(row.index + 1, program, [each.resident for each, _ in bound], self.layers)
+        self._rows[request_id] = row
         if capture is not None and receipt is not None:
             _keep(self._captures, receipt, capture)
+
+    def _bind(self, program: Program, index: int) -> tuple[BoundEdit, frozenset[int]]:
+        edit = program.edits[index]
+        resident = None if edit.operand is None else self.bank.resident(edit.operand)
+        if resident is not None and (missing := set(edit.layers) - resident.layers):
+            raise RuntimeError(f"bank has no layers {sorted(missing)} of {edit.operand!r}")
+        gate = None if edit.gate is None else program.edits[edit.gate].condition
+        sites = frozenset(site_index(edit.point, layer, self.layers) for layer in edit.layers)
+        return BoundEdit(index, edit, resident, None if gate is None else gate.scope), sites
 
     def release(self, request_id: str) -> None:
         """Forget a finished or aborted request, keeping its counts until they are collected."""
@@ -114,6 +133,9 @@ class Router:
         if row.receipt is not None:
             _keep(self._receipts, row.receipt, _sum(self._receipts.get(row.receipt), self._counts(row)))
         self._touched(row)[:] = 0
+        self.state.decisions[row.index] = UNDECIDED
+        if self.tables is not None:
+            self.tables.clear_row(row.index + 1)
         self._free.append(row.index)
 
     def receipt(self, receipt: str) -> Counts | None:
@@ -128,19 +150,30 @@ class Router:
                 row.receipt = None
         return counts
 
-    def captured(self, receipt: str) -> Capture:
-        return self._captures.pop(receipt)
+    def captured(self, receipt: str) -> Capture | None:
+        return self._captures.pop(receipt, None)
 
     def _touched(self, row: _Row) -> np.ndarray:
-        return self.touched[:, row.index * self.max_edits : row.index * self.max_edits + len(row.edits)]
+        if self.tables is not None:
+            return self.tables.counts(row.index + 1)
+        return self.state.touched[:, row.index * self.max_edits : row.index * self.max_edits + len(row.edits)]
 
     def _counts(self, row: _Row) -> Counts:
-        return Counts(self._touched(row).copy(), np.array(row.cached or [0] * len(row.edits)))
+        touched = self._touched(row)
+        by_edit = [
+            touched[[site_index(bound.edit.point, layer, self.layers) for layer in bound.edit.layers], bound.index]
+            for bound, _ in row.edits
+        ]
+        return Counts(by_edit, np.array(row.cached or [0] * len(row.edits)))
 
     def _grow(self) -> None:
         """Preempted requests stay known while others start, so there can be more than run at once."""
-        rows = self.touched.shape[1] // self.max_edits
-        self.touched = np.pad(self.touched, ((0, 0), (0, rows * self.max_edits)))
+        if self.tables is not None:
+            raise RuntimeError(f"more than {self.max_requests} steered requests are running or preempted")
+        state = self.state
+        rows = len(state.decisions)
+        state.touched = np.pad(state.touched, ((0, 0), (0, rows * self.max_edits)))
+        state.decisions = torch.cat([state.decisions, torch.zeros_like(state.decisions)])
         self._free = list(range(2 * rows - 1, rows - 1, -1))
 
     def clear(self) -> None:
@@ -148,6 +181,8 @@ class Router:
         if self._layout is not None:
             self.works[:] = [None] * self.sites
             self._layout = None
+            if self.tables is not None:
+                self.tables.idle()
 
     def route(self, view: BatchView) -> None:
         """Lay out the step. Rebuilds nothing when the batch is laid out as in the step before, as in steady decode."""
@@ -164,15 +199,17 @@ class Router:
                     row.counted = position
                     row.cached = [_length(clip(intervals, 0, position)) for intervals in row.intervals]
                 pieces += _pieces(row, start, position, tokens)
-                row.counted = max(row.counted, position + tokens)
                 if row.capture is not None:
-                    captures += _capture_slices(row.capture, self.sites, start, position, tokens)
+                    captures += _capture_slices(row, row.capture, start, position, tokens)
+                row.counted = max(row.counted, position + tokens)
             start += tokens
         if not pieces and not captures:
             self.clear()
             return
         layout = tuple((piece.row.serial, piece.start, piece.end, piece.fresh, piece.active) for piece in pieces)
         if captures or layout != self._layout:
+            if self.tables is not None:
+                _stage(self.tables, pieces, start)
             self._build(pieces, captures)
             self._layout = () if captures else layout
 
@@ -187,8 +224,8 @@ class Router:
             work = self.works[capture.site]
             if work is None or not work.captures:
                 # A work is shared by sites that do the same; captures are per site, so give this site its own.
-                base = work or prepare((), [], [], self.bank.device)
-                work = SiteWork(base.segments, base.rows, base.stages, base.count_index, base.count_value)
+                base = work or prepare((), self.state)
+                work = SiteWork(base.batches, base.count_index, base.count_value)
                 self.works[capture.site] = work
             work.captures.append(capture)
 
@@ -200,17 +237,24 @@ class Router:
         return groups
 
     def _work(self, pieces: list[_Piece], active: list[tuple[int, ...]]) -> SiteWork | None:
-        segments: list[Segment] = []
-        counts: dict[int, int] = {}
-        for piece, edits in zip(pieces, active, strict=True):
-            if edits:
-                segments.append(Segment(piece.start, piece.end, tuple(piece.row.edits[m][0] for m in edits)))
-                for m in edits:
-                    key = piece.row.index * self.max_edits + m
-                    counts[key] = counts.get(key, 0) + piece.fresh
+        segments = [
+            Segment(piece.start, piece.end, piece.fresh, piece.row.index, tuple(piece.row.edits[m][0] for m in edits))
+            for piece, edits in zip(pieces, active, strict=True)
+            if edits
+        ]
         if not segments:
             return None
-        return prepare(tuple(segments), list(counts), list(counts.values()), self.bank.device)
+        return prepare(segments if self.tables is None else (), self.state)
+
+
+def _stage(tables: Tables, pieces: list[_Piece], tokens: int) -> None:
+    """Tell the kernels which row and which edits each token of the step has."""
+    rows, bits, fresh = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), np.zeros(tokens, np.bool_)
+    for piece in pieces:
+        rows[piece.start : piece.end] = piece.row.index + 1
+        bits[piece.start : piece.end] = sum(1 << edit for edit in piece.active)
+        fresh[piece.end - piece.fresh : piece.end] = True
+    tables.stage(rows, bits, fresh)
 
 
 def _pieces(row: _Row, start: int, position: int, tokens: int) -> list[_Piece]:
@@ -230,11 +274,13 @@ def _pieces(row: _Row, start: int, position: int, tokens: int) -> list[_Piece]:
     return pieces
 
 
-def _capture_slices(capture: Capture, sites: int, start: int, position: int, tokens: int) -> list[CaptureSlice]:
+def _capture_slices(row: _Row, capture: Capture, start: int, position: int, tokens: int) -> list[CaptureSlice]:
+    """What to read of rows [start, start + tokens); tokens that run again after a preemption were read before."""
+    first = max(position, row.counted or 0)
     return [
         CaptureSlice(capture, site, start + a - position, start + b - position)
-        for a, b in clip(capture.intervals, position, position + tokens)
-        for site in range(sites)
+        for a, b in clip(capture.intervals, first, position + tokens)
+        for site in capture.sites
     ]
 
 
@@ -243,7 +289,10 @@ def _length(intervals: tuple[Interval, ...]) -> int:
 
 
 def _sum(counts: Counts | None, more: Counts) -> Counts:
-    return more if counts is None else Counts(counts.touched + more.touched, counts.cached + more.cached)
+    if counts is None:
+        return more
+    touched = [a + b for a, b in zip(counts.touched, more.touched, strict=True)]
+    return Counts(touched, counts.cached + more.cached)
 
 
 def _keep(kept: OrderedDict[str, T], key: str, value: T) -> None:

@@ -1,30 +1,40 @@
-"""Finds the sites of a loaded model and installs the op there.
-
-`resid_post` of a decoder layer is the residual stream after it. vLLM's layers return it in one of three forms: a pair
-whose sum it is, a pair with None, or one tensor. Other forms (stacked streams) are refused by name.
-"""
+"""Installs the op at the sites of a loaded model, and refuses the configurations in which it would not be exact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from server.engine.banks import Bank
-from server.engine.ops.apply import apply
+from server.engine.edits import OPCODES, POINTS, Opcode, Point, site_index
+from server.engine.ops import register
+from server.engine.ops.apply import SiteWork, apply
+from server.engine.ops.tables import Tables
+from server.engine.points import Place, UnsupportedModel, decoder_layers, places
 from server.engine.routing import Router
 
 CONFIG_KEY = "polyhelm"
 """Our section of vLLM's `additional_config`; being there, it also salts vLLM's compile cache."""
 
+ELEMENTWISE: tuple[Opcode, ...] = ("add", "scale", "set")
+"""Opcodes that read and write each number of an activation by itself."""
 
-class UnsupportedModel(RuntimeError):
-    """A model or engine configuration in which edits would not be exact."""
+
+@dataclass(frozen=True, slots=True)
+class PointInfo:
+    """What can be done at one point of this model. `opcodes` is empty where `reason` says why."""
+
+    width: int
+    opcodes: tuple[Opcode, ...]
+    shards: int = 1
+    """Ranks over which the activation is split."""
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,81 +45,194 @@ class Installation:
     router: Router
     layers: int
     hidden_size: int
+    points: dict[Point, PointInfo]
+    captures: str | None
+    """Why activations can't be captured, or None if they can."""
+
+    def shard(self, point: Point) -> tuple[int, int]:
+        """(rank, ranks) of the tensor-parallel split at a point."""
+        if self.points[point].shards == 1:
+            return 0, 1
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        return get_tensor_model_parallel_rank(), self.points[point].shards
 
 
 def install(model: nn.Module, vllm_config: VllmConfig) -> Installation:
-    """Wrap every decoder layer of `model`. Raises UnsupportedModel with the reason."""
+    """Put the op at every site of `model` that the settings name. Raises UnsupportedModel with the reason."""
     refuse_unsupported(vllm_config)
     config = vllm_config.additional_config[CONFIG_KEY]
     model_config = vllm_config.model_config
-    hidden_size = model_config.get_hidden_size()
-    layers = decoder_layers(model, model_config.get_total_num_hidden_layers())
-    bank = Bank(len(layers), config["bank_slots"], hidden_size, vllm_config.device_config.device)
-    max_requests = vllm_config.scheduler_config.max_num_seqs
-    router = Router(bank, len(layers), max_requests=max_requests, max_edits=config["max_edits"])
-    for site, layer in enumerate(layers):
-        layer.forward = _steered(layer.forward, site, bank, router)  # type: ignore[method-assign]
-    return Installation(bank, router, len(layers), hidden_size)
+    hidden_size, count = model_config.get_hidden_size(), model_config.get_total_num_hidden_layers()
+    device = torch.device(vllm_config.device_config.device)
+    compiled = vllm_config.compilation_config.mode != 0
+    graphs = vllm_config.compilation_config.cudagraph_mode.name != "NONE"
+    wanted: Sequence[Point] = config.get("points") or (POINTS[:1] if compiled or graphs else POINTS)
+    layers = decoder_layers(model, count)
+    points = _points(layers, wanted, hidden_size, bool(config.get("points")))
+    bank = Bank(config["bank_bytes"] // 4, device)
+    requests, tokens = vllm_config.scheduler_config.max_num_seqs, vllm_config.scheduler_config.max_num_batched_tokens
+    tables = None
+    if device.type != "cpu" or config.get("op") == "triton":
+        # Preempted requests keep their rows, so there can be more of them than run at once.
+        requests *= 2
+        widths = {point: info.width // info.shards for point, info in points.items() if info.opcodes}
+        mapped = config.get("map_points") or (() if compiled or graphs else wanted)
+        tables = Tables(
+            bank,
+            len(POINTS) * count,
+            {site_index(point, layer, count): width for point, width in widths.items() for layer in range(count)},
+            max_rows=requests,
+            max_tokens=tokens,
+            max_edits=config["max_edits"],
+            map_sites=frozenset(site_index(point, n, count) for point in widths for n in layers if point in mapped),
+        )
+    router = Router(bank, count, max_requests=requests, max_edits=config["max_edits"], tables=tables)
+    executor = TorchExecutor(router) if tables is None else TritonExecutor(router, tables)
+    register.use(executor.traced)
+    for number, layer in layers.items():
+        found, _ = places(layer, hidden_size)
+        for point, info in points.items():
+            if not info.opcodes:
+                continue
+            site = site_index(point, number, count)
+            where = torch.tensor([site], dtype=torch.int32, device=device)
+            if compiled or graphs:
+                _wrap(found[point], _traced(where), None, site)
+            else:
+                _wrap(found[point], functools.partial(executor.eager, site, where), router.works, site)
+    captures = None
+    if graphs or (compiled and tables is not None):
+        captures = "activations can't be captured in compiled code on a GPU: start with --enforce-eager"
+    return Installation(bank, router, count, hidden_size, points, captures)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raise UnsupportedModel for the engine settings under which this version's edits are not exact."""
+    """Raise UnsupportedModel for the engine settings under which edits would not be exact."""
     parallel = vllm_config.parallel_config
-    compilation = vllm_config.compilation_config
     reasons = {
         "speculative decoding": vllm_config.speculative_config is not None,
-        "tensor parallelism": parallel.tensor_parallel_size > 1,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "data parallelism": parallel.data_parallel_size > 1,
-        "context parallelism": parallel.prefill_context_parallel_size > 1,
+        "diffusion language models": vllm_config.model_config.is_diffusion,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "microbatching": parallel.use_ubatching,
-        "torch.compile (start with --enforce-eager)": compilation.mode != 0,
-        "CUDA graphs (start with --enforce-eager)": compilation.cudagraph_mode.name != "NONE",
-        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
+        "sequence-parallel mixtures of experts": parallel.use_sequence_parallel_moe,
     }
     if refused := [name for name, present in reasons.items() if present]:
-        raise UnsupportedModel(f"polyhelm can't yet steer with {', '.join(refused)}")
+        raise UnsupportedModel(f"polyhelm can't steer with {', '.join(refused)}")
 
 
-def decoder_layers(model: nn.Module, expected: int) -> list[nn.Module]:
-    """The decoder layers in order: the one list of `expected` modules that each hold an attention layer."""
-    candidates = [
-        list(module)
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == expected
-        and all(any(isinstance(part, AttentionLayerBase) for part in layer.modules()) for layer in module)
-    ]
-    if len(candidates) != 1:
-        raise UnsupportedModel(
-            f"{type(model).__name__}: found {len(candidates)} lists of {expected} decoder layers, need exactly one"
-        )
-    return candidates[0]
+def _points(
+    layers: dict[int, nn.Module], wanted: Sequence[Point], hidden_size: int, insist: bool
+) -> dict[Point, PointInfo]:
+    """What each point can do, at all layers alike. UnsupportedModel where a point was asked for and can't be had."""
+    points: dict[Point, PointInfo] = {}
+    found = [places(layer, hidden_size) for layer in layers.values()]
+    for point in POINTS:
+        missing = [refused[point] for place, refused in found if point not in place]
+        sizes = {(place[point].width, place[point].shards) for place, _ in found if point in place}
+        if point not in wanted:
+            points[point] = PointInfo(0, (), reason="it isn't installed: name it in POLYHELM_POINTS")
+        elif missing or len(sizes) != 1:
+            reason = missing[0] if missing else f"its width differs between layers: {sorted(sizes)}"
+            if insist:
+                raise UnsupportedModel(f"{point}: {reason}")
+            points[point] = PointInfo(0, (), reason=reason)
+        else:
+            ((width, shards),) = sizes
+            opcodes = OPCODES if shards == 1 else ELEMENTWISE
+            reason = None if shards == 1 else f"opcodes that read a whole activation: it is split over {shards} ranks"
+            points[point] = PointInfo(width, opcodes, shards, reason)
+    return points
 
 
-def _steered(forward: Callable[..., Any], site: int, bank: Bank, router: Router) -> Callable[..., Any]:
-    works = router.works
-    vectors, inverse_norms = bank.vectors[site], bank.inverse_norms[site]
+Op = Callable[[torch.Tensor, torch.Tensor | None], None]
 
-    def steered(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        work = works[site]
+
+@dataclass(frozen=True, slots=True)
+class TorchExecutor:
+    """Runs the step's work at a site on a CPU."""
+
+    router: Router
+
+    def eager(self, site: int, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None) -> None:
+        work = self.router.works[site]
         if work is not None:
-            hidden, residual = stream(output)
-            apply(site, work, vectors, inverse_norms, hidden, residual, router.touched[site])
+            apply(site, site % self.router.layers, work, self.router.state, addend, stream)
+
+    def traced(self, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None) -> None:
+        self.eager(int(where), where, stream, addend)
+
+
+@dataclass(frozen=True, slots=True)
+class TritonExecutor:
+    """Launches the kernels at a site. Captures, which the kernels don't do, follow in eager mode."""
+
+    router: Router
+    tables: Tables
+
+    def eager(self, site: int, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None) -> None:
+        self.launch(where, stream, addend, site in self.tables.map_sites)
+        work = self.router.works[site]
+        for capture in work.captures if work is not None else ():
+            capture.add(addend, stream)
+
+    def traced(self, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None) -> None:
+        # The site's number is on the device, and this runs only while a graph is captured: all sites are treated alike.
+        self.launch(where, stream, addend, bool(self.tables.map_sites))
+
+    def launch(self, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None, maps: bool) -> None:
+        from server.engine.ops import kernel
+
+        kernel.launch(self.tables, where, stream, addend, maps=maps)
+
+
+def _traced(where: torch.Tensor) -> Op:
+    """For torch.compile and CUDA graphs: a call of the registered op."""
+
+    def op(stream: torch.Tensor, addend: torch.Tensor | None) -> None:
+        torch.ops.polyhelm.edit(stream, addend, where)
+
+    return op
+
+
+def _wrap(place: Place, op: Op, works: list[SiteWork | None] | None, site: int) -> None:
+    """Call `op` on the activation of every step, or, given `works`, of those steps that have work at the site: then one
+    branch is all that an idle site costs.
+    """
+    forward = place.module.forward
+
+    def receiving(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if works is None or works[site] is not None:
+            op(_tokens(x), None)
+        return forward(x, *args, **kwargs)
+
+    def returning(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if works is None or works[site] is not None:
+            addend, stream = split_stream(output)
+            op(stream, addend)
         return output
 
-    return steered
+    place.module.forward = receiving if place.receives else returning  # type: ignore[method-assign]
 
 
-def stream(output: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The addends of the residual stream in a decoder layer's output; the first is None where there is one tensor."""
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """The activation as [tokens, width]; models that run on transformers' own code have a batch of one around it."""
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])  # a view, or an error: a copy would be edited for nothing
+
+
+def split_stream(output: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The two addends of the activation in a module's output; the first is None where it is one tensor.
+
+    vLLM's decoder layers return a pair whose sum is the residual stream, a pair with None, or one tensor. The second
+    addend is the one to edit: kernels that fuse the next norm with an all-reduce need the first as it is.
+    """
     if isinstance(output, torch.Tensor):
-        return None, output
+        return None, _tokens(output)
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], torch.Tensor):
         hidden, residual = output
         if residual is None:
-            return None, hidden
+            return None, _tokens(hidden)
         if isinstance(residual, torch.Tensor) and residual.shape == hidden.shape:
-            return hidden, residual
-    raise UnsupportedModel(f"a decoder layer returned {type(output).__name__}; need a tensor or (hidden, residual)")
+            return _tokens(hidden), _tokens(residual)
+    raise UnsupportedModel(f"a module returned {type(output).__name__}; need a tensor or (hidden, residual)")

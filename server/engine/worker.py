@@ -6,8 +6,12 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from server.engine.edits import Point
+from server.engine.operands import Piece
 from server.engine.sites import Installation
 
 
@@ -24,25 +28,47 @@ class WorkerExtension:
         return {
             "layers": installation.layers,
             "hidden_size": installation.hidden_size,
-            "runner": type(self.model_runner).__name__,
+            "runner": _runner(self.model_runner),
+            "points": {point: asdict(info) for point, info in installation.points.items()},
+            "captures": installation.captures,
         }
 
-    def polyhelm_load(self, key: str, slot: int, layers: list[int], data: bytes) -> None:
-        self._polyhelm().bank.load(key, slot, layers, data)
+    def polyhelm_write(self, start: int, data: bytes) -> None:
+        """Put little-endian float32 numbers into the bank, `start` numbers from its beginning."""
+        self._polyhelm().bank.write(start, data)
+
+    def polyhelm_bind(self, key: str, start: int, width: int, pieces: Sequence[Sequence[Any]], point: Point) -> None:
+        """Make the operand that was written at `start` readable at a point; `pieces` are those of the `Operand`."""
+        installation = self._polyhelm()
+        places = [Piece(layer, role, first, tuple(shape)) for layer, role, first, shape in pieces]
+        installation.bank.bind(key, start, width, places, installation.shard(point))
+
+    def polyhelm_drop(self, keys: list[str]) -> None:
+        """Forget operands whose place was given away. No request reads them any more."""
+        for key in keys:
+            self._polyhelm().bank.drop(key)
 
     def polyhelm_receipts(self, receipts: list[str]) -> list[dict[str, Any] | None]:
-        """For each receipt `touched` [edits][sites] and `cached` [edits]; None for one that never ran."""
+        """For each receipt `touched` [edits][layers of the edit] and `cached` [edits]; None for one that never ran."""
         counts = [self._polyhelm().router.receipt(receipt) for receipt in receipts]
-        return [each and {"touched": each.touched.T.tolist(), "cached": each.cached.tolist()} for each in counts]
-
-    def polyhelm_captures(self, receipts: list[str]) -> list[dict[str, Any]]:
-        """Means over the captured tokens: `mean` is float32 [sites, hidden], `norm` float32 [sites], as bytes."""
-        captures = [self._polyhelm().router.captured(receipt) for receipt in receipts]
         return [
-            {
-                "tokens": capture.tokens.tolist(),
-                "mean": (capture.total / capture.tokens[:, None]).cpu().numpy().tobytes(),
-                "norm": (capture.norm_total / capture.tokens).cpu().numpy().tobytes(),
-            }
-            for capture in captures
+            each and {"touched": [edit.tolist() for edit in each.touched], "cached": each.cached.tolist()}
+            for each in counts
         ]
+
+    def polyhelm_captured(self, receipt: str, tokens: int | None = None) -> bytes | dict[str, Any] | None:
+        """What was captured under a receipt (`Capture.collect`); None where nothing ran."""
+        capture = self._polyhelm().router.captured(receipt)
+        return None if capture is None else capture.collect(tokens)
+
+    def polyhelm_drop_captured(self, receipt: str) -> None:
+        """Let go of what was captured under a receipt, if anything was."""
+        capture = self._polyhelm().router.captured(receipt)
+        if capture is not None:
+            capture.close()
+
+
+def _runner(model_runner: Any) -> str:
+    """Which of vLLM's model runners it is, also where a platform has a class of its own."""
+    modules = {each.__module__ for each in type(model_runner).__mro__}
+    return "V2" if "vllm.v1.worker.gpu.model_runner" in modules else "V1"

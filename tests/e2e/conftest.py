@@ -25,7 +25,6 @@ POLYHELM = str(Path(sys.executable).with_name("polyhelm"))
 FILE = "vectors.safetensors"
 START_SECONDS = 500
 STOP_SECONDS = 30
-BANK_SLOTS = 8
 MAX_MODEL_LEN = 2048
 NORM = 60.0
 """L2 norm of the made-up vectors, of the order of this model's activations."""
@@ -152,8 +151,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(data_dir: Path, models: Path, *arguments: str) -> Iterator[Server]:
-    """Start a server and wait for it. At the end SIGTERM must end it, unless the test ended it before."""
+def serving(data_dir: Path, models: Path, *arguments: str, **settings: str) -> Iterator[Server]:
+    """Start a server and wait for it. At the end SIGTERM must end it, unless the test ended it before.
+
+    `settings` are variables of its environment.
+    """
     data_dir.mkdir(exist_ok=True)
     if not (data_dir / "models").exists():
         (data_dir / "models").symlink_to(models)
@@ -171,7 +173,12 @@ def serving(data_dir: Path, models: Path, *arguments: str) -> Iterator[Server]:
     command += ["--max-num-seqs", "32", "--block-size", "32", *arguments]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("POLYHELM_")}
     # Unbound threads: vLLM binds every engine of a machine to the same cores, and other tests may run one as well.
-    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **settings,
+    }
     log = data_dir / "server.log"
     base_url = f"http://127.0.0.1:{port}"
     with log.open("ab") as output, httpx.Client(base_url=base_url, timeout=120, trust_env=False) as client:
@@ -206,8 +213,8 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def start_server(models: Path) -> Callable[..., Any]:
-    """`start_server(data_dir, *arguments)` is a context manager that yields a Server."""
-    return lambda data_dir, *arguments: serving(data_dir, models, *arguments)
+    """`start_server(data_dir, *arguments, **settings)` is a context manager that yields a Server."""
+    return lambda data_dir, *arguments, **settings: serving(data_dir, models, *arguments, **settings)
 
 
 @pytest.fixture(scope="session")
@@ -215,7 +222,7 @@ def server(start_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     """The server of this session, with the random artifacts `one` and `two` in it."""
     data_dir = tmp_path_factory.mktemp("served") / "data"
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    with start_server(data_dir, "--bank-slots", str(BANK_SLOTS), *tools) as server:
+    with start_server(data_dir, *tools) as server:
         server.publish("one", seed=1)
         server.publish("two", seed=2)
         yield server

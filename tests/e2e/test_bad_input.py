@@ -81,7 +81,7 @@ def steering(**fields: Any) -> dict[str, Any]:
         pytest.param([ONE], "steering", ["dictionary"], id="list"),
         pytest.param(3, "steering", ["dictionary"], id="number"),
         pytest.param({}, "steering.interventions", ["required"], id="empty object"),
-        pytest.param({"interventions": [ONE], "mode": "live"}, "steering.mode", ["remove it"], id="unknown key"),
+        pytest.param({"interventions": [ONE], "modes": "live"}, "steering.modes", ["remove it"], id="unknown key"),
         pytest.param(steering(layer=[10]), f"{FIRST}.layer", ["remove it"], id="unknown key in an intervention"),
         pytest.param(
             steering(apply={"promt": "all"}), f"{FIRST}.apply.promt", ["remove it"], id="unknown key in apply"
@@ -282,9 +282,9 @@ def with_nan(vectors: dict[str, np.ndarray]) -> bytes:
         (lambda v: b"", "files", ["truncated", "write it again"]),
         (lambda v: save({k: v[k] for k in ("layer.10", "layer.11")}), "sites.2.tensor", ["layer.12", "layer.10"]),
         (lambda v: save(v | {"more": v["layer.10"]}), "sites", ["more", "add sites"]),
-        (lambda v: save({k: x.astype(np.int32) for k, x in v.items()}), "files", ["I32", "convert it to one of F64"]),
+        (lambda v: save({k: x.astype(np.int8) for k, x in v.items()}), "files", ["I8", "convert it to one of F64"]),
     ],
-    ids=["NaN", "hidden size", "truncated", "cut in the header", "empty", "tensor missing", "tensor unused", "int32"],
+    ids=["NaN", "hidden size", "truncated", "cut in the header", "empty", "tensor missing", "tensor unused", "int8"],
 )
 def test_files_that_are_not_the_vectors_are_422(server: Server, content: Any, param: str, words: list[str]) -> None:
     response = server.send_artifact("refused", server.manifest(), {FILE: content(server.vectors(4))})
@@ -298,7 +298,7 @@ def test_files_that_are_not_the_vectors_are_422(server: Server, content: Any, pa
         ({"schema_version": 2}, "schema_version", "reads version 1"),
         ({"default_strength": float("nan")}, "default_strength", "finite"),
         ({"default_strength": "4"}, "default_strength", "number"),
-        ({"kind": "sae"}, "kind", "steering_vector"),
+        ({"kind": "lora"}, "kind", "steering_vector"),
         ({"colour": "red"}, "colour", "not permitted"),
         ({"default_layers": [29]}, "default_layers", "[10, 11, 12]"),
         ({"sites": []}, "sites", "at least 1"),

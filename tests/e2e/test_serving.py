@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,6 @@ ONE = {"artifact": "one", "strength": 1.0}
 TWO = {"artifact": "two", "strength": 1.5}
 PROMPT = "The weather today is"
 MESSAGES: Any = [{"role": "user", "content": "How was the film?"}]
-BANK_SLOTS = 8
-BANK = [f"bank-{index}" for index in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +287,11 @@ def test_models_and_tokenize_are_vllms(server: Server, openai: OpenAI) -> None:
 
 def test_capabilities_name_the_model_and_the_limits(server: Server) -> None:
     told = server.capabilities
-    assert (told["layers"], told["hidden_size"], told["limits"]["bank_slots"]) == (30, 576, BANK_SLOTS)
-    assert (told["prefix_cache"], told["opcodes"], told["points"]) == ("tagged", ["add", "add_norm"], ["resid_post"])
+    assert (told["layers"], told["hidden_size"], told["limits"]["bank_bytes"]) == (30, 576, 256 << 20)
+    assert (told["prefix_cache"], told["captures"], told["limits"]["max_edits"]) == ("tagged", None, 16)
+    widths = {point: described["width"] for point, described in told["points"].items()}
+    assert widths == {"resid_post": 576, "mlp_out": 576, "attn_out": 576, "head_out": 576, "mlp_act": 1536}
+    assert all(described["opcodes"] == told["opcodes"] for described in told["points"].values())
 
 
 def test_strength_and_layers_come_from_the_artifact(server: Server) -> None:
@@ -363,8 +363,7 @@ def leave_in_the_middle(server: Server, chunks: int) -> None:
             next(lines)
 
 
-def test_client_that_leaves_in_the_middle_frees_the_engine_and_the_bank(server: Server) -> None:
-    # More often than the bank has slots: a slot that isn't given back would be missed.
+def test_client_that_leaves_in_the_middle_frees_the_engine(server: Server) -> None:
     for chunks in range(3):
         leave_in_the_middle(server, chunks)
     server.wait_until_idle()
@@ -413,55 +412,3 @@ def test_concurrent_mixed_streams_each_get_their_own_steering(server: Server) ->
     texts = [{text for text, _ in results[kind :: len(kinds)]} for kind in range(len(kinds))]
     assert sum(len(each) for each in texts) == len(set.union(*texts))
     server.wait_until_idle()
-
-
-@pytest.fixture(scope="module")
-def bank(server: Server) -> list[str]:
-    for seed, name in enumerate(BANK):
-        server.publish(name, seed=100 + seed)
-    return BANK
-
-
-def test_more_artifacts_than_slots_can_be_used_in_turn(server: Server, bank: list[str]) -> None:
-    once = [server.text({"artifact": name}, max_tokens=6) for name in bank]
-    again = [server.text({"artifact": name}, max_tokens=6) for name in bank]
-    assert once == again
-    assert len(set(once)) > BANK_SLOTS
-
-
-def test_as_many_artifacts_at_once_as_slots(server: Server, bank: list[str]) -> None:
-    interventions = [{"artifact": name, "strength": 0.1} for name in bank[:BANK_SLOTS]]
-    assert len(server.complete(*interventions)["steering"]["applied"]) == BANK_SLOTS
-    with ThreadPoolExecutor(BANK_SLOTS) as pool:
-        texts = list(pool.map(lambda name: server.text({"artifact": name}, max_tokens=6), bank[4:]))
-    assert len(set(texts)) > 1
-
-
-def test_request_for_more_artifacts_than_there_are_slots_is_422(server: Server, bank: list[str]) -> None:
-    response = server.ask(*({"artifact": name} for name in bank))
-    error = response.json()["error"]
-    assert (response.status_code, error["param"]) == (422, "steering.interventions")
-    assert "--bank-slots" in error["message"]
-
-
-def test_full_bank_is_503_with_retry_after_and_never_unsteered_text(server: Server, bank: list[str]) -> None:
-    server.wait_until_idle()
-    together = threading.Barrier(len(bank))
-
-    def run(name: str) -> httpx.Response:
-        together.wait()
-        return server.ask({"artifact": name}, max_tokens=120, ignore_eos=True)
-
-    with ThreadPoolExecutor(len(bank)) as pool:
-        responses = list(pool.map(run, bank))
-    served = [response for response in responses if response.status_code == 200]
-    refused = [response for response in responses if response.status_code != 200]
-    assert (len(served), len(refused)) == (BANK_SLOTS, len(bank) - BANK_SLOTS)
-    for response in served:
-        (applied,) = response.json()["steering"]["applied"]
-        assert total(applied) == 4 + 120 - 1
-    for response in refused:
-        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
-        assert response.json()["error"]["type"] == "ServiceUnavailableError"
-        assert "--bank-slots" in response.json()["error"]["message"]
-    assert all(server.text({"artifact": name}) for name in bank)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from methods import caa
-from server.engine.edits import Edit, Span
 
 PAIRS, LAYERS, HIDDEN = 40, 3, 16
 
@@ -66,10 +65,3 @@ def test_too_few_pairs_and_unequal_shapes_are_refused() -> None:
         caa.fit(positive[:1], negative[:1], caa.Config())
     with pytest.raises(ValueError, match="equal shapes"):
         caa.fit(positive, negative[:-1], caa.Config())
-
-
-def test_an_intervention_compiles_to_one_edit_over_its_layers() -> None:
-    span = Span(prompt=False)
-    assert caa.compile("sha256:ab", [4, 3, 4], 2, "add_norm", span) == (
-        Edit("add_norm", "sha256:ab", (3, 4), 2.0, span),
-    )

@@ -32,7 +32,7 @@ def changed(manifest: Content, path: str, value: Any) -> Content:
     [
         ("schema_version", 2, "schema_version"),
         ("schema_version", "1", "schema_version"),
-        ("kind", "sae", "kind"),
+        ("kind", "lora", "kind"),
         ("extra", 1, "extra"),
         ("model.extra", 1, "model.extra"),
         ("model.hidden_size", 0, "model.hidden_size"),
@@ -40,7 +40,8 @@ def changed(manifest: Content, path: str, value: Any) -> Content:
         ("model.hidden_size", 16, "sites.0.shape"),
         ("model.weights_digest", "ab" * 32, "model.weights_digest"),
         ("sites", [], "sites"),
-        ("sites.0.point", "mlp_out", "sites.0.point"),
+        ("sites.0.point", "hook_out", "sites.0.point"),
+        ("sites.0.role", "vector", "sites.0.role"),
         ("sites.0.layer", -1, "sites.0.layer"),
         ("sites.0.layer", 4, "sites.0.layer"),
         ("sites.0.layer", True, "sites.0.layer"),

@@ -101,7 +101,8 @@ def test_value_that_overflows_float32_is_refused(manifest: dict[str, Any], tmp_p
         ({"layer.2": np.ones(8, np.float16)}, "sites.0.dtype"),
         ({"layer.3": np.ones(8, np.float32)}, "sites.0.tensor"),
         ({"layer.2": np.ones(8, np.float32), "more": np.ones(8, np.float32)}, "sites"),
-        ({"layer.2": np.ones(8, np.int32)}, "files"),
+        ({"layer.2": np.ones(8, np.int32)}, "sites.0.dtype"),
+        ({"layer.2": np.ones(8, np.int8)}, "files"),
     ],
 )
 def test_file_that_differs_from_its_manifest_is_refused(
@@ -142,7 +143,7 @@ def entry(start: int, end: int, shape: Any = (1,), dtype: Any = "F32") -> dict[s
         raw_file({"a": entry(0, 4), "b": entry(0, 4)}, b"\0" * 4),
         raw_file({"a": entry(0, 4), "b": entry(8, 12)}, b"\0" * 12),
         raw_file({"a": entry(4, 8)}, b"\0" * 8),
-        raw_file({"a": entry(0, 4, dtype="I32")}, b"\0" * 4),
+        raw_file({"a": entry(0, 4, dtype="U32")}, b"\0" * 4),
         (2**63).to_bytes(8, "little") + b"{}",
     ],
 )

@@ -1,193 +1,242 @@
-"""The op at one site: edits the rows of a batch in place, reading the bank, and counts what it touched.
+"""The op on a CPU: edits the rows of a batch in place, reading the bank, and counts what it touched.
 
-A `Segment` is a run of batch rows that get the same edits; a `SiteWork` is all segments of one site in one step. Two
-paths give the same numbers: decode steps, where every segment is one row, gather vectors and add them in a few tensor
-operations; steps with prompt chunks loop over the segments and broadcast. Sums are in float32 and written back once.
+A `Batch` is a set of batch rows that are edited together: all one-row segments of a step (the decodes), or one longer
+segment (a piece of a prompt). Its stages are applied in order. Arithmetic is in float32 and written back once. The
+definition that this must agree with is `reference.py`; on a GPU `kernel.py` does the same from persistent tables.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from server.engine.banks import Bank
 from server.engine.capture import CaptureSlice
-from server.engine.edits import Opcode
+from server.engine.ops.stages import BoundEdit, Member, Stage, change, make_stage, read_gate, rows_of, stage_key
+
+UNDECIDED, OPEN, CLOSED = 0, 1, 2
 
 
-@dataclass(frozen=True, slots=True)
-class BoundEdit:
-    """One edit of one request at one site: where its vector lies in the bank, and how strong it is."""
+class Segment(NamedTuple):
+    """Rows [start, end) of the batch, edited in order; the last `fresh` of them are counted.
 
-    opcode: Opcode
-    slot: int
-    strength: float
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows [start, end) of the batch, edited in order."""
+    `row` is the request's row of counters and decisions.
+    """
 
     start: int
     end: int
+    fresh: int
+    row: int
     edits: tuple[BoundEdit, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """The k-th edit of every one-row segment that has one."""
+@dataclass
+class State:
+    """What the op shares with the router: the bank, the counters and what gates decided.
 
-    members: torch.Tensor | None
-    """Indices into the site's segments [k], or None for all of them in order."""
-    slots: torch.Tensor
-    """[k] int64."""
-    strengths: torch.Tensor
-    """[k, 1] float32."""
-    is_norm: torch.Tensor | None
-    """[k, 1] bool, or None when no edit of the stage is `add_norm`."""
+    `touched` int64 [sites, rows * edits]; `decisions` int8 [rows, edits].
+    """
+
+    bank: Bank
+    layers: int
+    max_edits: int
+    touched: np.ndarray
+    decisions: torch.Tensor
+
+
+class Affine(NamedTuple):
+    """x -> factor * x + shift, [rows, width] or [1, width]; either is None where it does nothing."""
+
+    factor: torch.Tensor | None
+    shift: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of the batch that go through the same stages."""
+
+    rows: torch.Tensor | slice
+    tokens: int
+    operand_rows: int
+    """Rows of operands: one for each token, or one for all of a run."""
+    stages: tuple[Stage, ...]
+    affine: bool
+    """Only ungated `add` and `scale`: what they do doesn't depend on x, and is kept in `composed` for as long as the
+    batch is laid out the same way.
+    """
+    composed: dict[int, Affine] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class SiteWork:
-    """What one site does in one step."""
+    """What one site does in one step. `count_*` [n]: tokens to add to the flattened counters of a site."""
 
-    segments: tuple[Segment, ...]
-    rows: torch.Tensor | slice | None
-    """The segments' rows when all of them are one row long, else None."""
-    stages: tuple[Stage, ...]
+    batches: tuple[Batch, ...]
     count_index: np.ndarray
-    """Indices [n] into the flattened counters of a site."""
     count_value: np.ndarray
-    """Tokens to add to each of them [n]."""
     captures: list[CaptureSlice] = field(default_factory=list)
-    deltas: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By site: what one-row segments add, which stays the same for as long as the batch is laid out the same way."""
 
 
-def prepare(
-    segments: tuple[Segment, ...], count_index: list[int], count_value: list[int], device: torch.device
-) -> SiteWork:
-    """Lay out one site's work so that the op itself does no Python arithmetic on a decode step."""
-    rows: torch.Tensor | slice | None = None
+def prepare(segments: Sequence[Segment], state: State) -> SiteWork:
+    """Lay out one site's work so that the op itself does little in Python on a decode step."""
+    singles = [segment for segment in segments if segment.end - segment.start == 1]
+    batches = [_batch([segment], state) for segment in segments if segment.end - segment.start > 1]
+    if singles:
+        batches.append(_batch(singles, state))
+    counts: dict[int, int] = {}
+    for segment in segments:
+        for bound in segment.edits:
+            if bound.scope is None:  # what a gate lets pass is counted when it has
+                key = segment.row * state.max_edits + bound.index
+                counts[key] = counts.get(key, 0) + segment.fresh
+    return SiteWork(tuple(batches), np.array(list(counts), np.int64), np.array(list(counts.values()), np.int64))
+
+
+def _batch(segments: list[Segment], state: State) -> Batch:
+    start, end, tokens = segments[0].start, segments[-1].end, sum(each.end - each.start for each in segments)
+    rows: torch.Tensor | slice = slice(start, end)
+    if end - start != tokens:
+        rows = torch.tensor([segment.start for segment in segments], device=state.bank.device)
     stages: list[Stage] = []
-    if segments and all(segment.end - segment.start == 1 for segment in segments):
-        first, last = segments[0].start, segments[-1].start
-        contiguous = last - first + 1 == len(segments)
-        rows = (
-            slice(first, last + 1)
-            if contiguous
-            else torch.tensor([segment.start for segment in segments], device=device)
-        )
-        depth = max(len(segment.edits) for segment in segments)
-        stages = [_stage(segments, k, device) for k in range(depth)]
-    return SiteWork(segments, rows, tuple(stages), np.array(count_index, np.int64), np.array(count_value, np.int64))
-
-
-def _stage(segments: tuple[Segment, ...], k: int, device: torch.device) -> Stage:
-    members = [index for index, segment in enumerate(segments) if len(segment.edits) > k]
-    edits = [segments[index].edits[k] for index in members]
-    norms = [edit.opcode == "add_norm" for edit in edits]
-    return Stage(
-        members=None if len(members) == len(segments) else torch.tensor(members, device=device),
-        slots=torch.tensor([edit.slot for edit in edits], device=device),
-        strengths=torch.tensor([[edit.strength] for edit in edits], dtype=torch.float32, device=device),
-        is_norm=torch.tensor(norms, device=device)[:, None] if any(norms) else None,
-    )
+    for k in range(max(len(segment.edits) for segment in segments)):
+        groups: dict[object, list[Member]] = {}
+        for position, segment in enumerate(segments):
+            if k < len(segment.edits):
+                bound = segment.edits[k]
+                counter = segment.row * state.max_edits + bound.index
+                member = Member(position, segment.row, counter, segment.fresh, bound)
+                groups.setdefault(stage_key(bound), []).append(member)
+        for members in groups.values():
+            whole = len(members) == len(segments)
+            stages.append(make_stage(members, whole, state.layers, state.bank.device))
+    affine = all(stage.opcode in ("add", "scale") and stage.scope is None for stage in stages)
+    return Batch(rows, tokens, len(segments), tuple(stages), affine)
 
 
 def apply(
-    site: int,
-    work: SiteWork,
-    vectors: torch.Tensor,
-    inverse_norms: torch.Tensor,
-    hidden: torch.Tensor | None,
-    residual: torch.Tensor,
-    touched: np.ndarray,
+    site: int, layer: int, work: SiteWork, state: State, hidden: torch.Tensor | None, residual: torch.Tensor
 ) -> None:
-    """Edit `residual` [tokens, hidden] in place.
-
-    The activation is `hidden + residual`, or `residual` alone when `hidden` is None. `vectors` [slots, hidden] float32
-    and
-    `inverse_norms` [slots] float32 are the bank's rows of this site; `touched` is the site's flattened counters.
-    """
-    if work.rows is not None:
-        _apply_rows(site, work, vectors, inverse_norms, hidden, residual)
-    else:
-        for segment in work.segments:
-            _apply_segment(segment, vectors, inverse_norms, hidden, residual)
-    touched[work.count_index] += work.count_value
+    """Edit `residual` [tokens, width] in place. The activation is `hidden + residual`, or `residual` alone."""
+    for batch in work.batches:
+        if batch.affine:
+            _apply_affine(site, layer, batch, state.bank, hidden, residual)
+        else:
+            _apply_stages(site, layer, batch, state, hidden, residual)
+    state.touched[site][work.count_index] += work.count_value
     for capture in work.captures:
         capture.add(hidden, residual)
 
 
-def _apply_rows(
-    site: int,
-    work: SiteWork,
-    vectors: torch.Tensor,
-    inverse_norms: torch.Tensor,
-    hidden: torch.Tensor | None,
-    residual: torch.Tensor,
+def _read(rows: torch.Tensor | slice, hidden: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    """A float32 copy of the activations of some rows."""
+    x = residual[rows].to(torch.float32, copy=True)
+    return x if hidden is None else x.add_(hidden[rows])
+
+
+def _apply_affine(
+    site: int, layer: int, batch: Batch, bank: Bank, hidden: torch.Tensor | None, residual: torch.Tensor
 ) -> None:
-    rows = work.rows
-    delta = work.deltas.get(site)
-    if delta is None:
-        delta = _delta(work, vectors, inverse_norms, hidden, residual)
-        if not any(stage.is_norm is not None for stage in work.stages):
-            work.deltas[site] = delta
-    if isinstance(rows, slice):
-        residual[rows].add_(delta)
+    affine = batch.composed.get(site)
+    if affine is None:
+        affine = batch.composed[site] = _compose(layer, batch, bank, residual.shape[1])
+    factor, shift = affine
+    target = residual[batch.rows]  # a copy where the rows are not contiguous
+    if factor is None:
+        target.add_(shift if shift is not None else 0)
+    elif hidden is not None:
+        delta = _read(batch.rows, hidden, residual) * (factor - 1)
+        target.add_(delta if shift is None else delta.add_(shift))
+    elif shift is None:
+        target.mul_(factor)
     else:
-        assert rows is not None
-        residual.index_copy_(0, rows, (residual.index_select(0, rows) + delta).to(residual.dtype))
+        target.copy_(target * factor + shift)
+    if not isinstance(batch.rows, slice):
+        residual.index_copy_(0, batch.rows, target)
 
 
-def _delta(
-    work: SiteWork,
-    vectors: torch.Tensor,
-    inverse_norms: torch.Tensor,
-    hidden: torch.Tensor | None,
-    residual: torch.Tensor,
-) -> torch.Tensor:
-    """What to add to each of the rows, float32 [segments, hidden]."""
-    rows = work.rows
-    delta: torch.Tensor | None = None
-    for stage in work.stages:
-        step = vectors.index_select(0, stage.slots)
-        strengths = stage.strengths
-        if stage.is_norm is not None:
-            x = residual[rows].float() if hidden is None else hidden[rows].float() + residual[rows].float()
-            x = x if delta is None else x + delta
-            x = x if stage.members is None else x[stage.members]
-            scale = x.norm(dim=1, keepdim=True) * inverse_norms[stage.slots][:, None]
-            strengths = torch.where(stage.is_norm, strengths * scale, strengths)
-        step.mul_(strengths)
-        if delta is None and stage.members is None:
-            delta = step
+def _compose(layer: int, batch: Batch, bank: Bank, width: int) -> Affine:
+    factor: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    def spread(stage: Stage, value: torch.Tensor, rest: float) -> torch.Tensor:
+        """[operand rows, width], with `rest` where the stage has no part."""
+        if stage.positions is None:
+            return value.expand(batch.operand_rows, width)
+        return value.new_full((batch.operand_rows, width), rest).index_copy_(0, stage.positions, value)
+
+    for stage in batch.stages:
+        if stage.opcode == "add":
+            step = spread(stage, stage.strengths * rows_of(stage, "vector", layer, bank, width), 0)
+            shift = step if shift is None else shift + step
         else:
-            delta = step.new_zeros(len(work.segments), step.shape[1]) if delta is None else delta
-            delta = delta.add_(step) if stage.members is None else delta.index_add_(0, stage.members, step)
-    assert delta is not None
-    return delta
+            gain = spread(stage, 1 + stage.strengths * rows_of(stage, "mask", layer, bank, width), 1)
+            factor = gain if factor is None else factor * gain
+            shift = None if shift is None else shift * gain
+    return Affine(factor, shift)
 
 
-def _apply_segment(
-    segment: Segment,
-    vectors: torch.Tensor,
-    inverse_norms: torch.Tensor,
-    hidden: torch.Tensor | None,
-    residual: torch.Tensor,
+def _apply_stages(
+    site: int, layer: int, batch: Batch, state: State, hidden: torch.Tensor | None, residual: torch.Tensor
 ) -> None:
-    target = residual[segment.start : segment.end]
-    if all(edit.opcode == "add" for edit in segment.edits):
-        delta = sum(edit.strength * vectors[edit.slot] for edit in segment.edits)
-        target.add_(delta)
-        return
-    x = target.float() if hidden is None else hidden[segment.start : segment.end].float() + target.float()
-    total = torch.zeros_like(x)
-    for edit in segment.edits:
-        step = edit.strength * vectors[edit.slot]
-        if edit.opcode == "add_norm":
-            step = step * ((x + total).norm(dim=1, keepdim=True) * inverse_norms[edit.slot])
-        total += step
-    target.add_(total)
+    before = _read(batch.rows, hidden, residual)
+    x = before
+    opened: torch.Tensor | None = None
+    for stage in batch.stages:
+        part = x if stage.positions is None else x[stage.positions]
+        if stage.opcode == "gate":
+            if opened is None:
+                opened = torch.zeros(batch.tokens, state.max_edits, dtype=torch.bool, device=x.device)
+            _decide(stage, batch, read_gate(stage, layer, part, state.bank), opened, state)
+            continue
+        start = before if stage.positions is None else before[stage.positions]
+        after = change(stage, layer, part, start, state.bank)
+        if stage.scope is not None:
+            passes = _passes(stage, batch, len(part), opened, state)
+            after = torch.where(passes[:, None], after, part)
+            _count_passed(stage, site, passes, state)
+        x = after if stage.positions is None else x.index_copy(0, stage.positions, after)
+    if hidden is None:
+        residual[batch.rows] = x.to(residual.dtype)
+    elif isinstance(batch.rows, slice):
+        residual[batch.rows].add_(x - before)
+    else:
+        residual[batch.rows] = (residual[batch.rows] + (x - before)).to(residual.dtype)
+
+
+def _decide(stage: Stage, batch: Batch, is_open: torch.Tensor, opened: torch.Tensor, state: State) -> None:
+    assert stage.condition is not None
+    if stage.condition.scope == "sequence":
+        held = state.decisions[stage.state_rows, stage.indices]
+        new = torch.where(is_open, OPEN, CLOSED).to(torch.int8)
+        # The first decision holds, also when the token is run again after a preemption.
+        state.decisions[stage.state_rows, stage.indices] = torch.where(held == UNDECIDED, new, held)
+    elif batch.operand_rows == 1:
+        opened[:, stage.indices[0]] = is_open
+    else:
+        positions = torch.arange(batch.tokens) if stage.positions is None else stage.positions
+        opened[positions, stage.indices] = is_open
+
+
+def _passes(stage: Stage, batch: Batch, rows: int, opened: torch.Tensor | None, state: State) -> torch.Tensor:
+    """Which of the stage's rows their gate lets pass, bool [rows]."""
+    assert stage.gates is not None
+    if stage.scope == "sequence":
+        return (state.decisions[stage.state_rows, stage.gates] == OPEN).expand(rows)
+    if opened is None:  # the gate's own span covers none of these rows
+        return torch.zeros(rows, dtype=torch.bool)
+    if batch.operand_rows == 1:
+        return opened[:, stage.gates[0]]
+    positions = torch.arange(batch.tokens) if stage.positions is None else stage.positions
+    return opened[positions, stage.gates]
+
+
+def _count_passed(stage: Stage, site: int, passes: torch.Tensor, state: State) -> None:
+    if len(stage.counters) == len(passes):
+        np.add.at(state.touched[site], stage.counters, passes.numpy() * stage.fresh)
+    else:  # a run: its last rows are the fresh ones
+        fresh = int(stage.fresh[0])
+        state.touched[site][stage.counters[0]] += int(passes[len(passes) - fresh :].sum())

@@ -6,19 +6,23 @@ import asyncio
 import gc
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from server.api.errors import ApiError
 from server.api.openai import SteeringHandler, refuse_error, with_receipt
-from server.api.steering import Applied, Prepared, Receipt
-from server.engine.banks import BankFull
+from server.api.prepared import Prepared
+from server.api.receipts import Applied, Receipt
+from server.api.steering_schema import LAST_PROMPT_TOKEN, parse
+from server.engine.bank_directory import BankFull, BankTooSmall
+from server.engine.capture import CaptureSpec
 from server.engine.edits import Edit, Program
 
-PROGRAM = Program((Edit("add", "sha256:v", (1,), 1.0),))
+PROGRAM = Program((Edit("gate", "sha256:v", (1,)), Edit("add", "sha256:v", (1,), 1.0)))
 CHUNKS = ['data: {"choices": [{"text": "a"}]}\n\n', 'data: {"choices": [{"text": "ü"}]}\n\n', "data: [DONE]\n\n"]
 REFUSED = 'data: {"error": {"message": "empty span", "type": "BadRequestError", "param": "steering", "code": 400}}\n\n'
 
@@ -32,7 +36,6 @@ def receipt(touched: int = 0) -> Receipt:
         op="add",
         sites=["resid_post.1"],
         strength=1.0,
-        relative_dose=None,
         tokens_touched=touched,
     )
     return Receipt(fingerprint=PROGRAM.fingerprint, applied=[applied])
@@ -41,41 +44,59 @@ def receipt(touched: int = 0) -> Receipt:
 class Steerer:
     """Prepares the same program for everybody."""
 
-    async def vectors(self, version: Any) -> Any:
-        return [1], version
+    def __init__(self) -> None:
+        self.lengths: list[int] | None = None
+
+    async def vectors(self) -> Any:
+        return "the operand"
 
     def prepare(self, raw: object) -> Prepared:
         if raw == "bad":
             raise ApiError(422, "steering: bad", "steering")
-        return Prepared(PROGRAM, {"sha256:v": "the version"}, [], receipt="r1")  # type: ignore[dict-item]
+        fields = raw if isinstance(raw, dict) else {}
+        settings = parse({"interventions": [{"artifact": "mood"}]} | fields)
+        sites = (("resid_post", 0), ("resid_post", 1)) if settings.mode == "frozen" else ()
+        return Prepared(PROGRAM, (0, 0), {"sha256:v": self.vectors}, [], (), settings, sites, receipt="r1")  # type: ignore[dict-item]
+
+    async def check(self, prepared: Prepared) -> None:
+        if prepared.settings.max_relative_dose == 0:
+            raise ApiError(400, "the dose is above 0", "steering.interventions.0.strength")
+
+    async def refuse_conflicts(self, prepared: Prepared, prompt_lengths: list[int]) -> None:
+        self.lengths = prompt_lengths
 
     def receipt(self, prepared: Prepared, touched: Any, cached: Any) -> Receipt:
         return receipt(touched)
 
 
 class Engine:
-    """Records what is held and what is asked for, in order."""
+    """Records what is brought onto the device and what is asked for, in order."""
 
-    def __init__(self, slots: int = 2) -> None:
-        self.bank = SimpleNamespace(slots=slots)
+    def __init__(self) -> None:
         self.events: list[str] = []
-        self.full = False
+        self.trouble: Exception | None = None
+        self.captures: str | None = None
         self.loaded: Any = None
+        self.programs: list[Program] = []
+        self.spec: CaptureSpec | None = None
 
     def mark(self, request: Any, program: Program, receipt: str) -> None:
-        assert program is PROGRAM
+        self.programs.append(program)
         request.marked = receipt
 
-    @asynccontextmanager
-    async def holding(self, vectors: Mapping[str, Callable[[], Awaitable[Any]]]) -> AsyncIterator[None]:
-        if self.full:
-            raise BankFull("all 2 bank slots are in use; retry")
-        self.loaded = {key: await load() for key, load in vectors.items()}
-        self.events.append("held")
-        try:
-            yield
-        finally:
-            self.events.append("released")
+    def mark_capture(self, request: Any, spec: CaptureSpec, receipt: str) -> None:
+        self.spec = spec
+        request.captured_under = receipt
+
+    async def captured(self, receipt: str) -> dict[str, np.ndarray]:
+        self.events.append("captured")
+        return {f"resid_post.{layer}": np.full(4, layer, np.float32) for layer in range(2)}
+
+    async def ensure(self, program: Program, operands: Mapping[str, Callable[[], Awaitable[Any]]]) -> None:
+        if self.trouble is not None:
+            raise self.trouble
+        self.loaded = {key: await load() for key, load in operands.items()}
+        self.events.append("ensured")
 
     async def receipt(self, name: str) -> Any:
         assert name == "r1"
@@ -90,9 +111,11 @@ class Handler:
         self.engine, self.result, self.chunks = engine, result, chunks
         self.started = asyncio.Event()
         self.seen: Any = None
+        self.requests: list[Any] = []
 
-    async def create(self, request: Any, raw_request: Any = None) -> Any:
+    async def create_completion(self, request: Any, raw_request: Any = None) -> Any:
         self.seen = request
+        self.requests.append(request)
         self.started.set()
         if self.chunks is not None:
             return self.stream()
@@ -113,18 +136,37 @@ class Handler:
         finally:
             self.engine.events.append("stream closed")
 
+    async def render_completion_request(self, request: Any) -> Any:
+        request.rendered = True
+        return self.rendered
+
+    rendered: Any = [{"prompt_token_ids": [1, 2, 3]}, {"prompt_token_ids": [1]}]
+
     def other(self) -> str:
         return "vLLM's"
 
 
-def request(steering: Any = "mood", **fields: Any) -> SimpleNamespace:
-    extras = {} if steering is None else {"steering": steering}
-    return SimpleNamespace(model_extra=extras, **({"vllm_xargs": None, "use_beam_search": False} | fields))
+class Request(BaseModel):
+    """As vLLM's: unknown fields are kept as extras."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str | list[Any] = "Hello"
+    n: int = 1
+    max_tokens: int = 16
+    stream: bool = False
+    request_id: str = "ours"
+    vllm_xargs: dict[str, Any] | None = None
+    use_beam_search: bool = False
+
+
+def request(steering: Any = "mood", **fields: Any) -> Request:
+    return Request(**fields) if steering is None else Request(**fields, steering=steering)
 
 
 def handler(engine: Engine, **answer: Any) -> tuple[Any, Handler]:
     inner = Handler(engine, **answer)
-    return SteeringHandler(inner, "create", Steerer(), engine), inner  # type: ignore[arg-type]
+    return SteeringHandler(inner, "create_completion", Steerer(), engine), inner  # type: ignore[arg-type]
 
 
 def run(main: Callable[[], Awaitable[Any]]) -> Any:
@@ -156,38 +198,38 @@ def test_unsteered_requests_pass_untouched() -> None:
     engine = Engine()
     answer = SimpleNamespace(choices=[])
     steered, inner = handler(engine, result=answer)
-    assert run(lambda: steered.create(request(None))) is answer
+    assert run(lambda: steered.create_completion(request(None))) is answer
     assert not hasattr(answer, "steering")
     assert not hasattr(inner.seen, "marked")
     assert (engine.events, steered.other()) == ([], "vLLM's")
 
 
-def test_answer_carries_the_receipt_and_the_hold_ends() -> None:
+def test_answer_carries_the_receipt() -> None:
     engine = Engine()
     steered, inner = handler(engine, result=SimpleNamespace(choices=[]))
-    answer = run(lambda: steered.create(request()))
+    answer = run(lambda: steered.create_completion(request()))
     assert answer.steering == receipt(5).model_dump()
     assert inner.seen.marked == "r1"
     assert "steering" not in inner.seen.model_extra
-    assert engine.loaded == {"sha256:v": ([1], "the version")}
-    assert engine.events == ["held", "receipt", "released"]
+    assert engine.loaded == {"sha256:v": "the operand"}
+    assert engine.events == ["ensured", "receipt"]
 
 
 def test_refusal_of_vllm_is_passed_on_without_a_receipt() -> None:
     engine = Engine()
     refusal = SimpleNamespace(error="too long")
     steered, _ = handler(engine, result=refusal)
-    assert run(lambda: steered.create(request())) is refusal
+    assert run(lambda: steered.create_completion(request())) is refusal
     assert not hasattr(refusal, "steering")
-    assert engine.events == ["held", "released"]
+    assert engine.events == ["ensured"]
 
 
-def test_exception_of_vllm_is_passed_on_and_the_hold_ends() -> None:
+def test_exception_of_vllm_is_passed_on() -> None:
     engine = Engine()
     steered, _ = handler(engine, result=ValueError("from vLLM"))
     with pytest.raises(ValueError, match="from vLLM"):
-        run(lambda: steered.create(request()))
-    assert engine.events == ["held", "released"]
+        run(lambda: steered.create_completion(request()))
+    assert engine.events == ["ensured"]
 
 
 def test_missing_receipt_is_an_error_and_not_an_unsteered_answer() -> None:
@@ -199,23 +241,23 @@ def test_missing_receipt_is_an_error_and_not_an_unsteered_answer() -> None:
     engine.receipt = none  # type: ignore[method-assign]
     steered, _ = handler(engine, result=SimpleNamespace(choices=[]))
     with pytest.raises(RuntimeError, match="nothing was steered"):
-        run(lambda: steered.create(request()))
-    assert engine.events == ["held", "released"]
+        run(lambda: steered.create_completion(request()))
+    assert engine.events == ["ensured"]
 
 
-def test_cancelled_request_ends_its_hold() -> None:
+def test_cancelled_request_cancels_vllms() -> None:
     engine = Engine()
 
     async def main() -> None:
         steered, inner = handler(engine, result=...)
-        task = asyncio.create_task(steered.create(request()))
+        task = asyncio.create_task(steered.create_completion(request()))
         await inner.started.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     run(main)
-    assert engine.events == ["held", "released"]
+    assert engine.events == ["ensured"]
 
 
 @pytest.mark.parametrize(
@@ -231,26 +273,112 @@ def test_refused_request_never_reaches_vllm(fields: dict[str, Any], status: int,
     engine = Engine()
     steered, inner = handler(engine, result=SimpleNamespace(choices=[]))
     with pytest.raises(ApiError) as error:
-        run(lambda: steered.create(request(**fields)))
+        run(lambda: steered.create_completion(request(**fields)))
     assert (error.value.status, error.value.param) == (status, param)
     assert (engine.events, inner.seen) == ([], None)
 
 
-def test_full_bank_is_503_and_more_artifacts_than_slots_422() -> None:
+@pytest.mark.parametrize(("trouble", "status"), [(BankFull("in use: retry"), 503), (BankTooSmall("too large"), 400)])
+def test_operands_without_room_are_refused(trouble: Exception, status: int) -> None:
     engine = Engine()
-    engine.full = True
+    engine.trouble = trouble
     steered, inner = handler(engine, result=SimpleNamespace(choices=[]))
-    with pytest.raises(ApiError, match="bank slots") as error:
-        run(lambda: steered.create(request()))
-    assert error.value.status == 503
-    engine.bank.slots = 0
-    with pytest.raises(ApiError, match="--bank-slots") as error:
-        run(lambda: steered.create(request()))
-    assert (error.value.status, inner.seen) == (422, None)
+    with pytest.raises(ApiError, match=str(trouble)) as error:
+        run(lambda: steered.create_completion(request()))
+    assert (error.value.status, error.value.param, inner.seen) == (status, "steering", None)
+
+
+class Refused(ValueError):
+    """As vLLM's: the field is in an attribute, and the engine counts edits."""
+
+    parameter: str | None = "steering.interventions.1.apply"
+
+
+def test_exception_of_the_engine_names_the_intervention_and_not_the_edit() -> None:
+    steered, _ = handler(Engine(), result=Refused("empty span"))
+    with pytest.raises(Refused) as error:
+        run(lambda: steered.create_completion(request()))
+    assert error.value.parameter == "steering.interventions.0.apply"
+    chunk = REFUSED.replace('"steering"', '"steering.interventions.1.apply"')
+    steered, _ = handler(Engine(), chunks=[chunk, CHUNKS[2]])
+    with pytest.raises(ApiError) as refused:
+        run(lambda: drain(steered))
+    assert refused.value.param == "steering.interventions.0.apply"
+
+
+def test_dose_is_checked_before_anything_runs() -> None:
+    engine = Engine()
+    steered, inner = handler(engine, result=SimpleNamespace(choices=[]))
+    with pytest.raises(ApiError, match="the dose"):
+        run(lambda: steered.create_completion(request({"max_relative_dose": 0.0, "mode": "frozen"})))
+    assert (engine.events, inner.seen) == ([], None)
+
+
+def test_conflicts_are_looked_for_with_the_prompts_as_vllm_renders_them() -> None:
+    steered, inner = handler(Engine(), result=SimpleNamespace(choices=[]))
+    run(lambda: steered.create_completion(request()))
+    assert steered._steerer.lengths is None
+    run(lambda: steered.create_completion(request({"conflict": "error"})))
+    assert steered._steerer.lengths == [3, 1]
+    assert not hasattr(inner.seen, "rendered")
+    inner.rendered = ("the conversation", [{"prompt_token_ids": [1, 2]}])
+    run(lambda: steered.create_completion(request({"conflict": "error"})))
+    assert steered._steerer.lengths == [2]
+
+
+FROZEN = {"mode": "frozen"}
+
+
+def test_frozen_request_runs_twice_and_puts_back_what_the_first_run_had() -> None:
+    engine = Engine()
+    steered, inner = handler(engine, result=SimpleNamespace(choices=[]))
+    sent = request(FROZEN, n=3, max_tokens=9, prompt=["Hello"], logit_bias={"5": 1.0})
+    answer = run(lambda: steered.create_completion(sent))
+    first, second = inner.requests
+    assert (first.n, first.max_tokens, first.stream, first.prompt) == (1, 1, False, ["Hello"])
+    assert first.request_id != "ours" and not hasattr(first, "marked")
+    assert second is sent and (second.n, second.max_tokens, second.marked) == (3, 9, "r1")
+    assert engine.spec == CaptureSpec((("resid_post", 0), ("resid_post", 1)), LAST_PROMPT_TOKEN)
+    (program,) = engine.programs
+    assert [edit.opcode for edit in program.edits] == ["set", "gate", "add"]
+    assert engine.events == ["captured", "ensured", "receipt"]
+    assert engine.loaded.keys() == set(program.operands)
+    assert hasattr(answer, "steering")
+
+
+def test_frozen_request_that_vllm_refuses_is_not_run_again() -> None:
+    engine = Engine()
+    refusal = SimpleNamespace(error="too long")
+    steered, inner = handler(engine, result=refusal)
+    assert run(lambda: steered.create_completion(request(FROZEN))) is refusal
+    assert (len(inner.requests), engine.events) == (1, [])
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2, 3]]])
+def test_frozen_request_with_several_prompts_is_refused(prompt: list[Any]) -> None:
+    steered, inner = handler(Engine(), result=SimpleNamespace(choices=[]))
+    with pytest.raises(ApiError, match="one prompt per request, not 2") as error:
+        run(lambda: steered.create_completion(request(FROZEN, prompt=prompt)))
+    assert (error.value.status, error.value.param, inner.requests) == (400, "steering.mode", [])
+
+
+def test_frozen_request_with_one_prompt_of_tokens_runs() -> None:
+    steered, inner = handler(Engine(), result=SimpleNamespace(choices=[]))
+    run(lambda: steered.create_completion(request(FROZEN, prompt=[1, 2, 3])))
+    assert len(inner.requests) == 2
+
+
+def test_frozen_mode_needs_captures() -> None:
+    engine = Engine()
+    engine.captures = "start with --enforce-eager"
+    steered, inner = handler(engine, result=SimpleNamespace(choices=[]))
+    with pytest.raises(ApiError, match="--enforce-eager") as error:
+        run(lambda: steered.create_completion(request(FROZEN)))
+    assert (error.value.status, error.value.param, inner.requests) == (400, "steering.mode", [])
 
 
 async def drain(steered: Any) -> list[str]:
-    return [chunk async for chunk in await steered.create(request())]
+    return [chunk async for chunk in await steered.create_completion(request())]
 
 
 def test_stream_carries_the_receipt_in_its_last_chunk_only() -> None:
@@ -260,7 +388,7 @@ def test_stream_carries_the_receipt_in_its_last_chunk_only() -> None:
     assert (chunks[0], chunks[2]) == (CHUNKS[0], CHUNKS[2])
     assert payload(chunks[1]) == payload(CHUNKS[1]) | {"steering": receipt(5).model_dump()}
     assert "ü" in chunks[1] and chunks[1].endswith("\n\n")
-    assert engine.events == ["held", "receipt", "stream closed", "released"]
+    assert engine.events == ["ensured", "receipt", "stream closed"]
 
 
 def test_stream_of_one_chunk_carries_the_receipt() -> None:
@@ -275,100 +403,100 @@ def test_error_in_the_first_chunk_becomes_a_status() -> None:
     with pytest.raises(ApiError, match="empty span") as error:
         run(lambda: drain(steered))
     assert (error.value.status, error.value.param) == (400, "steering")
-    assert engine.events == ["held", "stream closed", "released"]
+    assert engine.events == ["ensured", "stream closed"]
 
 
-def test_exception_before_the_first_chunk_ends_the_hold() -> None:
+def test_exception_before_the_first_chunk_closes_the_stream() -> None:
     engine = Engine()
     steered, _ = handler(engine, chunks=[ValueError("from vLLM")])
     with pytest.raises(ValueError, match="from vLLM"):
         run(lambda: drain(steered))
-    assert engine.events == ["held", "stream closed", "released"]
+    assert engine.events == ["ensured", "stream closed"]
 
 
 def test_error_in_the_middle_of_a_stream_is_passed_on_without_a_receipt() -> None:
     engine = Engine()
     steered, _ = handler(engine, chunks=[CHUNKS[0], REFUSED, CHUNKS[2]])
     assert run(lambda: drain(steered)) == [CHUNKS[0], REFUSED, CHUNKS[2]]
-    assert engine.events.count("released") == 1
+    assert engine.events.count("stream closed") == 1
     assert "receipt" not in engine.events, "an engine that has died has none, and the error would be lost with it"
 
 
-def test_exception_in_the_middle_of_a_stream_ends_the_hold() -> None:
+def test_exception_in_the_middle_of_a_stream_is_passed_on() -> None:
     engine = Engine()
     steered, _ = handler(engine, chunks=[*CHUNKS[:2], ValueError("from vLLM")])
     with pytest.raises(ValueError, match="from vLLM"):
         run(lambda: drain(steered))
-    assert engine.events == ["held", "stream closed", "released"]
+    assert engine.events == ["ensured", "stream closed"]
 
 
-def test_stream_closed_in_the_middle_ends_the_hold_after_the_engine_stopped() -> None:
+def test_stream_closed_in_the_middle_closes_vllms() -> None:
     engine = Engine()
 
     async def main() -> None:
         steered, _ = handler(engine, chunks=[*CHUNKS[:2], ...])
-        stream = await steered.create(request())
+        stream = await steered.create_completion(request())
         await anext(stream)
-        assert "released" not in engine.events
+        assert "stream closed" not in engine.events
         await stream.aclose()
 
     run(main)
-    assert engine.events == ["held", "stream closed", "released"]
+    assert engine.events == ["ensured", "stream closed"]
 
 
-def test_stream_dropped_in_the_middle_ends_the_hold() -> None:
+def test_stream_dropped_in_the_middle_closes_vllms() -> None:
     engine = Engine()
 
     async def main() -> None:
         steered, _ = handler(engine, chunks=[*CHUNKS[:2], ...])
-        stream = await steered.create(request())
+        stream = await steered.create_completion(request())
         await anext(stream)
         del stream
         gc.collect()
         await settle()
-        assert engine.events == ["held", "stream closed", "released"]
+        assert engine.events == ["ensured", "stream closed"]
 
     run(main)
-    assert engine.events.count("released") == 1
+    assert engine.events.count("stream closed") == 1
 
 
 @pytest.mark.parametrize("how", ["dropped", "closed"])
-def test_stream_abandoned_before_its_first_chunk_ends_the_hold(how: str) -> None:
+def test_stream_abandoned_before_its_first_chunk_closes_vllms(how: str) -> None:
     engine = Engine()
 
     async def main() -> None:
         steered, _ = handler(engine, chunks=[*CHUNKS[:2], ...])
-        stream = await steered.create(request())
+        stream = await steered.create_completion(request())
         if how == "closed":
             await stream.aclose()
         del stream
         gc.collect()
         await settle()
-        assert engine.events == ["held", "stream closed", "released"]
+        assert engine.events == ["ensured", "stream closed"]
 
     run(main)
-    assert engine.events.count("released") == 1
+    assert engine.events.count("stream closed") == 1
 
 
-def test_request_cancelled_while_it_waits_for_the_first_chunk_ends_its_hold() -> None:
+def test_request_cancelled_while_it_waits_for_the_first_chunk_closes_vllms_stream() -> None:
     engine = Engine()
 
     async def main() -> None:
         steered, inner = handler(engine, chunks=[...])
-        task = asyncio.create_task(steered.create(request()))
+        task = asyncio.create_task(steered.create_completion(request()))
         await inner.started.wait()
         await settle()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await settle()
-        assert engine.events == ["held", "stream closed", "released"]
+        assert engine.events == ["ensured", "stream closed"]
 
     run(main)
-    assert engine.events.count("released") == 1
+    assert engine.events.count("stream closed") == 1
 
 
-def test_request_cancelled_in_the_middle_of_its_stream_ends_its_hold() -> None:
+def test_request_cancelled_in_the_middle_of_its_stream_closes_vllms() -> None:
     engine = Engine()
 
     async def main() -> None:
@@ -379,20 +507,20 @@ def test_request_cancelled_in_the_middle_of_its_stream_ends_its_hold() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await settle()
-        assert engine.events == ["held", "stream closed", "released"]
+        assert engine.events == ["ensured", "stream closed"]
 
     run(main)
-    assert engine.events.count("released") == 1
+    assert engine.events.count("stream closed") == 1
 
 
 @pytest.mark.parametrize("chunk", [CHUNKS[0], CHUNKS[2], ": ping\n\n", 'data: {"error": null}\n\n', "event: x\n\n"])
 def test_chunk_without_an_error_is_no_refusal(chunk: str) -> None:
-    refuse_error(chunk)
+    refuse_error(chunk, Steerer().prepare("mood"))
 
 
 def test_error_chunk_without_a_code_is_500() -> None:
     with pytest.raises(ApiError) as error:
-        refuse_error('data: {"error": {"message": "broken"}}\n\n')
+        refuse_error('data: {"error": {"message": "broken"}}\n\n', Steerer().prepare("mood"))
     assert (error.value.status, error.value.message) == (500, "broken")
 
 

@@ -9,13 +9,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.numpy
 
-from server.engine.edits import Edit, Program
+from server.engine.capture import CaptureSpec
+from server.engine.edits import Edit, Point, Program
+from server.engine.operands import Operand
 
 
 class Request(NamedTuple):
@@ -28,7 +31,7 @@ class Request(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came back. `touched` is [edits][sites]; `prompt_logprobs` leaves out the first token."""
+    """What came back. `touched` is [edits][layers of the edit]; `prompt_logprobs` leaves out the first token."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -38,38 +41,45 @@ class Result(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The results [rounds][requests], how often the scheduler preempted a request, and what was captured.
-
-    `captures` has, for each text and pooling, `<index>-<pooling>-mean` [layers, hidden] and `-norm` [layers].
-    """
+    """The results [rounds][requests], how often the scheduler preempted a request, and what was captured, by site."""
 
     rounds: list[list[Result]]
     preemptions: int
-    captures: dict[str, np.ndarray]
+    captures: list[dict[str, np.ndarray]]
+    runner: str
 
 
 def run_engine(
     folder: Path,
-    vectors: dict[str, np.ndarray],
+    operands: Mapping[str, tuple[Point, Operand]],
     rounds: list[list[Request]],
     engine: dict[str, Any],
-    texts: Sequence[list[int]] = (),
+    captures: Sequence[tuple[list[int], CaptureSpec]] = (),
+    env: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Run:
-    """`vectors` are float32 [layers, hidden] by bank key; `texts` are token ids whose activations are captured."""
+    """`operands` by bank key, each with its point; `captures` are token ids and what to capture of them.
+
+    `env` is added to the child's environment, `config` to polyhelm's part of the engine's configuration.
+    """
     job = {
         "engine": engine,
-        "texts": texts,
+        "config": {"bank_bytes": 64 << 20, "max_edits": 8, **(config or {})},
+        "operands": {key: [point, each.width, each.pieces] for key, (point, each) in operands.items()},
+        "captures": [[ids, spec.wire.decode()] for ids, spec in captures],
         "rounds": [
             [{**each._asdict(), "edits": [edit.to_json() for edit in each.edits]} for each in r] for r in rounds
         ],
     }
     (folder / "job.json").write_text(json.dumps(job))
-    np.savez(folder / "vectors.npz", **vectors)
-    child = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=900)
+    np.savez(folder / "operands.npz", **{key: each.data for key, (_, each) in operands.items()})
+    command, environment = [sys.executable, __file__, str(folder)], {**os.environ, **(env or {})}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-6000:]
     answer = json.loads((folder / "results.json").read_text())
     results = [[Result(**each) for each in results] for results in answer["rounds"]]
-    return Run(results, answer["preemptions"], dict(np.load(folder / "captures.npz")))
+    captured = [safetensors.numpy.load_file(folder / f"capture-{index}") for index in range(len(captures))]
+    return Run(results, answer["preemptions"], captured, answer["runner"])
 
 
 def main(folder: Path) -> None:
@@ -82,22 +92,29 @@ def main(folder: Path) -> None:
     from vllm import LLM
 
     job = json.loads((folder / "job.json").read_text())
+    arguments = {"dtype": "float32", "enforce_eager": True, "seed": 0, **job["engine"]}
     llm = LLM(
-        dtype="float32",
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        seed=0,
-        disable_log_stats=False,
-        worker_extension_cls="server.engine.worker.WorkerExtension",
-        additional_config={"polyhelm": {"bank_slots": 32, "max_edits": 8}},
-        **job["engine"],
+        skip_tokenizer_init=True, disable_log_stats=False, additional_config={"polyhelm": job["config"]}, **arguments
     )
-    for slot, (key, data) in enumerate(np.load(folder / "vectors.npz").items()):
-        llm.collective_rpc("polyhelm_load", args=(key, slot, list(range(len(data))), data.astype("<f4").tobytes()))
+    data = np.load(folder / "operands.npz")
+    for key, (point, width, pieces) in job["operands"].items():
+        upload(llm, key, point, width, pieces, data[key])
     preemptions = count_preemptions(llm)
     rounds = [run_round(llm, index, requests) for index, requests in enumerate(job["rounds"])]
-    np.savez(folder / "captures.npz", **captures(llm, job["texts"]))
-    (folder / "results.json").write_text(json.dumps({"rounds": rounds, "preemptions": len(preemptions)}))
+    for index, (ids, wire) in enumerate(job["captures"]):
+        (folder / f"capture-{index}").write_bytes(capture(llm, ids, wire.encode()))
+    (described, *_) = llm.collective_rpc("polyhelm_describe")
+    answer = {"rounds": rounds, "preemptions": len(preemptions), "runner": described["runner"]}
+    (folder / "results.json").write_text(json.dumps(answer))
+
+
+def upload(llm: Any, key: str, point: str, width: int, pieces: list[Any], data: np.ndarray) -> None:
+    """As the server's uploader does, but in this process."""
+    core = llm.llm_engine.engine_core.engine_core
+    (grant,) = core.polyhelm_reserve([[[key, point, width, len(data)]]])
+    serial = grant["uploads"][key]
+    assert core.polyhelm_write(key, serial, 0, data.astype("<f4").tobytes()) == "written"
+    assert core.polyhelm_bind(key, serial, pieces) == "loaded"
 
 
 def count_preemptions(llm: Any) -> list[str]:
@@ -135,7 +152,7 @@ def run_round(llm: Any, index: int, requests: list[dict[str, Any]]) -> list[dict
     prompts = [{"prompt_token_ids": request["prompt"]} for request in requests]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     steered = [f"{index}-{number}" for number, request in enumerate(requests) if request["edits"]]
-    (counts,) = llm.collective_rpc("polyhelm_receipts", args=(steered,))
+    (counts, *_) = llm.collective_rpc("polyhelm_receipts", args=(steered,))
     touched = dict(zip(steered, counts, strict=True))
     return [
         {
@@ -149,29 +166,16 @@ def run_round(llm: Any, index: int, requests: list[dict[str, Any]]) -> list[dict
     ]
 
 
-def captures(llm: Any, texts: list[list[int]]) -> dict[str, np.ndarray]:
+def capture(llm: Any, ids: list[int], wire: bytes) -> bytes:
     from vllm import SamplingParams
 
     from server.engine.seams import CAPTURE, RECEIPT
 
-    names = [f"{index}-{pooling}" for index in range(len(texts)) for pooling in ("last", "mean")]
-    params = [
-        SamplingParams(
-            max_tokens=1,
-            detokenize=False,
-            skip_reading_prefix_cache=True,
-            extra_args={CAPTURE: name.partition("-")[2].encode(), RECEIPT: name.encode()},
-        )
-        for name in names
-    ]
-    llm.generate([{"prompt_token_ids": ids} for ids in texts for _ in range(2)], params, use_tqdm=False)
-    (captured,) = llm.collective_rpc("polyhelm_captures", args=(names,))
-    arrays: dict[str, np.ndarray] = {}
-    for name, each in zip(names, captured, strict=True):
-        norm = np.frombuffer(each["norm"], np.float32)
-        arrays[f"{name}-norm"] = norm
-        arrays[f"{name}-mean"] = np.frombuffer(each["mean"], np.float32).reshape(len(norm), -1)
-    return arrays
+    extra = {CAPTURE: wire, RECEIPT: b"capture"}
+    params = SamplingParams(max_tokens=1, detokenize=False, skip_reading_prefix_cache=True, extra_args=extra)
+    llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    (captured, *_) = llm.collective_rpc("polyhelm_captured", args=("capture",))
+    return captured
 
 
 def chosen(tokens: list[int], logprobs: list[dict[int, Any] | None] | None) -> list[float]:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.edits import END, Edit, Program, Span, SpanError, clip
+from server.engine.edits import Edit, Program
+from server.engine.spans import END, Span, SpanError, clip
 
 POSITION = st.integers(-12, 12)
 WINDOW = st.none() | st.tuples(POSITION, st.none() | POSITION)

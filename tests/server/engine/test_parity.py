@@ -1,160 +1,199 @@
-"""The engine against transformers with forward hooks, in float32: the same log-probabilities, token by token."""
+"""The engine against transformers with forward hooks, in float32: the same log-probabilities, token by token.
+
+Every opcode at every point and span, in one batch, then random programs that mix them; prompts in chunks.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from server.engine.edits import Edit, Span
+from server.engine.capture import CaptureSpec
+from server.engine.edits import POINTS, Condition, Edit, Point, Program
+from server.engine.operands import pack
+from server.engine.spans import Span
 from tests.server.engine.child import Request, Result, run_engine
+from tests.server.engine.hooks import Tensors, activations, log_probabilities
+from tests.server.engine.programs import FUNCTIONS, LAST, by_point, random_program, tensors_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 
 TOLERANCE = 2e-3
-PROMPT_TOKENS, NEW_TOKENS = 21, 32
+PROMPT_TOKENS, NEW_TOKENS = 21, 16
 SHAPE = {
     "vocab_size": 160,
     "hidden_size": 128,
     "intermediate_size": 192,
     "num_hidden_layers": 4,
-    "num_attention_heads": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "head_dim": 64,
     "max_position_embeddings": 512,
     "initializer_range": 0.15,
     "tie_word_embeddings": False,
 }
+NO_HEAD_DIM = {key: value for key, value in SHAPE.items() if key != "head_dim"} | {"num_attention_heads": 2}
+"""For configurations that know no head size of its own."""
+SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
 TINY = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPE),
-    "gemma3": lambda: transformers.Gemma3TextConfig(
-        **SHAPE, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2
-    ),
+    "gemma2": lambda: transformers.Gemma2Config(**SHAPE | {"tie_word_embeddings": True}, **SLIDING),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SHAPE, **SLIDING),
+    "olmo2": lambda: transformers.Olmo2Config(**NO_HEAD_DIM),
+    "granite": lambda: transformers.GraniteConfig(**NO_HEAD_DIM, attention_multiplier=0.125),
 }
+SPANS = {"all": Span(), "last": LAST, "window": Span(False, False, prompt_window=(4, 9), generation_window=(3, 12))}
 
 
-def programs(layers: int) -> dict[str, tuple[Edit, ...]]:
+def programs(point: Point, layers: int) -> dict[str, tuple[Edit, ...]]:
+    """Each opcode, function and gate at one point, under the spans in turn."""
     everywhere, middle = tuple(range(layers)), (layers // 2,)
-    last_prompt_token = Span(prompt=False, generation=False, prompt_positions=(-1,))
-    window = Span(prompt=False, generation=False, prompt_window=(4, 9), generation_window=(3, 20))
-    return {
-        "unsteered": (),
-        "one layer": (Edit("add", "v", middle, 3.0),),
-        "all layers": (Edit("add", "v", everywhere, 0.5),),
-        "generation only": (Edit("add", "v", everywhere, 0.5, Span(prompt=False)),),
-        "last prompt token only": (Edit("add", "v", middle, 4.0, last_prompt_token),),
-        "a window": (Edit("add", "w", everywhere, 0.5, window),),
-        "add_norm": (Edit("add_norm", "w", middle, 0.4), Edit("add_norm", "v", (0, layers - 1), -0.2)),
-        "three that add up": (
-            Edit("add", "v", everywhere, 0.4),
-            Edit("add", "w", middle, -2.0, Span(prompt=False)),
-            Edit("add_norm", "v", middle, 0.3, Span(exclude_prompt_positions=(0,))),
-        ),
-    }
+    made: dict[str, tuple[Edit, ...]] = {}
+
+    def every_span(
+        name: str, opcode: str, operand: str | None, where: tuple[int, ...], strength: float, **more
+    ) -> None:
+        for span_name, span in SPANS.items():
+            made[f"{name} {span_name}"] = (Edit(opcode, operand, where, strength, span, point, **more),)
+
+    every_span("add", "add", f"{point}-vector-0", everywhere, 0.7)
+    every_span("add_norm", "add_norm", f"{point}-vector-1", everywhere, 0.4)
+    every_span("scale", "scale", f"{point}-mask-0", everywhere, 1.5)
+    every_span("map", "map", f"{point}-matrix-0", middle, 0.8)
+    every_span("factored map", "map", f"{point}-factors-0", everywhere, 0.8)
+    every_span("set", "set", f"{point}-vector-0", middle, 1.0)
+    for index, function in enumerate(FUNCTIONS):
+        every_span(f"rank {index}", "rank", f"{point}-rank-{index % 2}", everywhere, 0.8, function=function)
+    add = Edit("add", f"{point}-vector-0", everywhere, 1.5, point=point)
+    made["renorm"] = (add, Edit("renorm", None, everywhere, point=point))
+    for scope, layer_set in (("token", everywhere), ("sequence", middle)):
+        for above in (True, False):
+            gate = Edit(
+                "gate",
+                f"{point}-vector-1",
+                layer_set,
+                1.0,
+                point=point,
+                condition=Condition("cosine", 0.0, above, scope),
+            )
+            behind = Edit("add", f"{point}-vector-0", everywhere, 1.5, point=point, gate=0)
+            made[f"{scope} gate {above}"] = (gate, behind, Edit("scale", f"{point}-mask-1", middle, 0.5, point=point))
+    return made
 
 
-def reference(
-    model: torch.nn.Module, vectors: dict[str, np.ndarray], edits: tuple[Edit, ...], ids: list[int]
-) -> list[float]:
-    """Log-probability of every token but the first, from one forward pass with a hook on each decoder layer."""
-
-    def hook_for(layer: int):
-        def hook(module, args, output):
-            x = output[0] if isinstance(output, tuple) else output
-            for edit in edits:
-                if layer in edit.layers:
-                    x = x + steps(edit, x, torch.from_numpy(vectors[edit.operand][layer]))
-            return (x, *output[1:]) if isinstance(output, tuple) else x
-
-        return hook
-
-    def steps(edit: Edit, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        mask = torch.zeros(x.shape[1], 1)
-        for start, end in edit.span.intervals(PROMPT_TOKENS):
-            mask[start : min(end, x.shape[1])] = 1
-        scale = 1 if edit.opcode == "add" else x.norm(dim=-1, keepdim=True) / v.norm()
-        return mask * edit.strength * scale * v
-
-    handles = [layer.register_forward_hook(hook_for(index)) for index, layer in enumerate(model.model.layers)]
-    try:
-        with torch.no_grad():
-            logits = model(torch.tensor([ids[:-1]])).logits[0].float()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), ids[1:]].tolist()
-
-
-def check(model: torch.nn.Module, folder: Path, job: Path) -> None:
-    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+def check(
+    model: torch.nn.Module,
+    folder: Path,
+    job: Path,
+    random_programs: int,
+    points: Sequence[Point] = POINTS,
+    env: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    engine_args: Mapping[str, Any] | None = None,
+) -> None:
+    layers, vocabulary = model.config.num_hidden_layers, min(model.config.vocab_size, 5000)
     rng = np.random.default_rng(0)
-    typical = model.get_input_embeddings().weight.norm(dim=1).mean().item() / hidden**0.5
-    vectors = {key: (typical * rng.standard_normal((layers, hidden))).astype(np.float32) for key in "vw"}
-    cases = programs(layers)
-    prompts = {name: rng.integers(3, min(model.config.vocab_size, 5000), PROMPT_TOKENS).tolist() for name in cases}
-    requests = [Request(prompts[name], edits, NEW_TOKENS, prompt_logprobs=True) for name, edits in cases.items()]
-    # Chunks shorter than the prompt, so that prompts are split and mixed with decodes.
-    engine = {"model": str(folder), "max_model_len": 256, "max_num_seqs": 16, "max_num_batched_tokens": 64}
-    texts = list(prompts.values())[:2]
-    run = run_engine(job, vectors, [requests], engine, texts)
-    ((*results,),) = run.rounds
     model.eval()
-    check_captures(model, texts, run.captures)
-    for (name, edits), result in zip(cases.items(), results, strict=True):
-        ids = prompts[name] + result.tokens
-        found = result.prompt_logprobs + result.logprobs
-        expected = reference(model, vectors, edits, ids)
-        worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-        assert worst < TOLERANCE, f"{name}: log-probabilities differ by {worst}"
-        unsteered = reference(model, vectors, (), ids)
-        if edits:
-            moved = max(abs(a - b) for a, b in zip(found, unsteered, strict=True))
-            assert moved > 10 * TOLERANCE, f"{name}: steering moved nothing, so this proves nothing"
-        check_counts(edits, result, layers)
 
+    def prompt() -> list[int]:
+        return rng.integers(3, vocabulary, PROMPT_TOKENS).tolist()
 
-def check_captures(model: torch.nn.Module, texts: list[list[int]], captures: dict[str, np.ndarray]) -> None:
-    """The residual stream after each layer is what transformers' decoder layer returns."""
-    seen: list[torch.Tensor] = []
-    handles = [
-        layer.register_forward_hook(
-            lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
-        )
-        for layer in model.model.layers
+    clean = activations(model, points, prompt())
+    tensors: dict = {}
+    for point in points:
+        typical, width = clean[point, layers // 2].square().mean().sqrt().item(), clean[point, 0].shape[1]
+        tensors |= {f"{point}-{key}": v for key, v in tensors_for(layers, width, typical, len(tensors)).items()}
+    cases = {f"{point} {name}": edits for point in points for name, edits in programs(point, layers).items()}
+    dice = random.Random(0)
+    for index in range(random_programs):
+        cases[f"random {index}"] = by_point(random_program(dice, layers, points, strength=0.7))
+    cases["unsteered"] = ()
+    requests = [Request(prompt(), edits, NEW_TOKENS, prompt_logprobs=True) for edits in cases.values()]
+    # Chunks shorter than the prompts, so that prompts are split and mixed with decodes.
+    engine = {
+        "model": str(folder),
+        "max_model_len": 256,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 64,
+        **(engine_args or {}),
+    }
+    everything = Span(), [(point, layer) for point in points for layer in range(layers)]
+    captures = [
+        (requests[0].prompt, CaptureSpec(tuple(everything[1]), everything[0], keep)) for keep in ("rows", "mean")
     ]
-    for index, ids in enumerate(texts):
-        seen.clear()
-        with torch.no_grad():
-            model(torch.tensor([ids]))
-        x = torch.stack([each.reshape(len(ids), -1) for each in seen])
-        for pooling, tokens in (("last", x[:, -1:]), ("mean", x[:, 1:])):
-            mean, norm = tokens.mean(1).numpy(), tokens.norm(dim=2).mean(1).numpy()
-            np.testing.assert_allclose(captures[f"{index}-{pooling}-norm"], norm, rtol=1e-3)
-            error = np.linalg.norm(captures[f"{index}-{pooling}-mean"] - mean, axis=1)
-            assert (error < 1e-3 * np.linalg.norm(mean, axis=1)).all(), f"captured {pooling} differs by {error}"
-    for handle in handles:
-        handle.remove()
+    operands = {key: (key.partition("-")[0], pack(by_layer)) for key, by_layer in tensors.items()}
+    run = run_engine(job, operands, [requests], engine, captures, env, {"bank_bytes": 1 << 29, **(config or {})})
+    check_captures(model, points, requests[0].prompt, run.captures)
+    moved: dict[str, float] = {}
+    for (name, edits), request, result in zip(cases.items(), requests, run.rounds[0], strict=True):
+        most = check_case(model, tensors, name, Program(edits), request, result, layers)
+        kind = " ".join(word for word in name.split() if word not in SPANS)
+        moved[kind] = max(moved.get(kind, 0), most)
+    del moved["unsteered"]
+    still = [kind for kind, most in moved.items() if most < 10 * TOLERANCE]
+    # A gate may be closed and a random program do little; all else must move, or this proves nothing.
+    assert all("gate" in kind or kind.startswith("random") for kind in still), f"these moved nothing: {still}"
+    assert len(still) < 0.2 * len(moved), still
 
 
-def check_counts(edits: tuple[Edit, ...], result: Result, layers: int) -> None:
+def check_case(
+    model: torch.nn.Module, tensors: Tensors, name: str, program: Program, request: Request, result: Result, layers: int
+) -> float:
+    """How far the program moved any log-probability."""
+    ids = request.prompt + result.tokens
+    found = torch.tensor(result.prompt_logprobs + result.logprobs)
+    expected = torch.tensor(log_probabilities(model, tensors, program, ids, PROMPT_TOKENS))
+    worst = (found - expected).abs().max().item()
+    assert worst < TOLERANCE, f"{name}: log-probabilities differ by {worst}: {program.edits}"
     ran = PROMPT_TOKENS + NEW_TOKENS - 1
-    for edit, touched in zip(edits, result.touched, strict=True):
-        tokens = sum(min(end, ran) - start for start, end in edit.span.intervals(PROMPT_TOKENS) if start < ran)
-        assert touched == [tokens if layer in edit.layers else 0 for layer in range(layers)]
+    for edit, intervals, touched in zip(program.edits, program.intervals(PROMPT_TOKENS), result.touched, strict=True):
+        tokens = sum(min(end, ran) - start for start, end in intervals if start < ran)
+        if edit.gate is None:
+            assert touched == [tokens] * len(edit.layers), name
+        else:
+            assert all(0 <= each <= tokens for each in touched), name
+    unsteered = torch.tensor(log_probabilities(model, tensors, Program(()), ids, PROMPT_TOKENS))
+    return (found - unsteered).abs().max().item()
+
+
+def check_captures(model: torch.nn.Module, points, prompt: list[int], captures: list[dict[str, np.ndarray]]) -> None:
+    """The activations of the prompt are those of transformers' modules."""
+    rows, mean = captures
+    for (point, layer), x in activations(model, points, prompt).items():
+        name, scale = f"{point}.{layer}", x.norm(dim=1).mean().item()
+        assert np.abs(rows[name] - x.numpy()).max() < 1e-3 * scale, name
+        assert np.abs(mean[name] - x.mean(0).numpy()).max() < 1e-3 * scale, name
+        np.testing.assert_allclose(mean[f"{name}.norm"], x.norm(dim=1).mean().numpy(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
-def test_steered_log_probabilities_equal_transformers(family: str, tmp_path: Path) -> None:
+def test_every_opcode_point_and_span_equals_transformers(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(TINY[family](), dtype=torch.float32)
+    # Gemma 2 caps its attention scores, which only transformers' eager attention does.
+    config = TINY[family]()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.save_pretrained(tmp_path / "model")
-    check(model, tmp_path / "model", tmp_path)
+    check(model, tmp_path / "model", tmp_path, random_programs=40)
 
 
-def test_steered_log_probabilities_equal_transformers_on_the_demo_model(smollm2: Path, tmp_path: Path) -> None:
+def test_the_demo_model_equals_transformers(smollm2: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    check(model, smollm2, tmp_path)
+    check(model, smollm2, tmp_path, random_programs=0, points=("resid_post",))
+
+
+def test_compiled_code_equals_transformers(tmp_path: Path) -> None:
+    """The registered op under torch.compile; every point is asked for, since compiled code has only one by default."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(TINY["llama"](), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    env = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    compiled = {"enforce_eager": False}
+    check(model, tmp_path / "model", tmp_path, 20, env=env, config={"points": list(POINTS)}, engine_args=compiled)

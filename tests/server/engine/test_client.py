@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server.engine.bank_directory import BankFull
+from server.engine.client import ATTEMPTS, Counts, Engine, Unavailable, merged
+from server.engine.edits import Edit, Program
+from server.engine.seams import PROGRAM
+from server.engine.seams.core import MISSING
+
+LOADERS: dict[str, Any] = {"key": "the loader"}
+STEERED = Program((Edit("add", "key", (0,)),))
+
+
+def output(*stop_reasons: str | None) -> Any:
+    return SimpleNamespace(outputs=[SimpleNamespace(stop_reason=reason) for reason in stop_reasons])
+
+
+class Client:
+    """vLLM's client: each call gives the next of `runs`, a list of outputs."""
+
+    def __init__(self, *runs: list[Any]) -> None:
+        self.runs = list(runs)
+        self.closed = 0
+
+    async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncIterator[Any]:
+        try:
+            for each in self.runs.pop(0):
+                yield each
+        finally:
+            self.closed += 1
+
+
+class Uploads:
+    def __init__(self) -> None:
+        self.did: list[str] = []
+        self.full = False
+
+    def forget(self, keys: tuple[str, ...]) -> None:
+        self.did.append(f"forget {keys}")
+
+    async def ensure(self, program: Program, loaders: Any) -> None:
+        self.did.append(f"ensure {loaders}")
+        if self.full:
+            raise BankFull("no room")
+
+
+def generate(client: Client, uploads: Uploads, program: Any = STEERED.wire, *, full: bool = False) -> list[Any]:
+    """Run a request whose operands were ensured, with a bank that is full from then on or isn't."""
+    engine = Engine(client, 1, 0, 0, 0)  # type: ignore[arg-type]
+    engine._uploader = uploads  # type: ignore[assignment]
+    params = SimpleNamespace(extra_args={PROGRAM: program} if program else None)
+
+    async def run() -> list[Any]:
+        await engine.ensure(STEERED, LOADERS)
+        uploads.did.clear()
+        uploads.full = full
+        return [each async for each in client.generate("prompt", params, "id")]
+
+    return asyncio.run(run())
+
+
+SENT_BACK = [output(MISSING)]
+RAN = [output(None), output(None)]
+
+
+def test_request_that_is_sent_back_is_sent_again_and_nobody_sees_it() -> None:
+    client, uploads = Client(SENT_BACK, SENT_BACK, RAN), Uploads()
+    assert generate(client, uploads) == RAN
+    assert uploads.did == ["forget ('key',)", f"ensure {LOADERS}"] * 2
+    assert client.closed == 3
+
+
+def test_request_that_runs_costs_no_upload() -> None:
+    uploads = Uploads()
+    assert generate(Client(RAN), uploads) == RAN
+    assert uploads.did == []
+
+
+def test_it_is_not_sent_for_ever() -> None:
+    client = Client(*[SENT_BACK] * (ATTEMPTS + 1))
+    with pytest.raises(Unavailable, match="gave the request's operands away") as error:
+        generate(client, Uploads())
+    assert (client.closed, error.value.status_code, isinstance(error.value, BankFull)) == (ATTEMPTS, 503, True)
+
+
+def test_no_room_for_another_upload_is_unavailable() -> None:
+    with pytest.raises(Unavailable, match="no room"):
+        generate(Client(SENT_BACK), Uploads(), full=True)
+
+
+def test_all_of_several_choices_sent_back_are_sent_again() -> None:
+    client = Client([output(MISSING), output(MISSING)], [output(None)])
+    assert len(generate(client, Uploads())) == 1
+
+
+@pytest.mark.parametrize(
+    "run", [[output(MISSING), output(None)], [output(None), output(MISSING)], [output(None, MISSING)]]
+)
+def test_some_of_several_choices_sent_back_are_an_error(run: list[Any]) -> None:
+    """The others have run already, and their counts are in the receipt."""
+    client = Client(run, RAN)
+    with pytest.raises(Unavailable, match="the bank changed"):
+        generate(client, Uploads())
+    assert client.closed == 1
+
+
+@pytest.mark.parametrize("program", [None, "forged"])
+def test_without_a_program_of_ours_vllm_is_called_as_it_is(program: Any) -> None:
+    assert generate(Client(SENT_BACK), Uploads(), program) == SENT_BACK
+
+
+def worker(touched: list[list[int]], cached: list[int]) -> dict[str, Any]:
+    return {"touched": touched, "cached": cached}
+
+
+def test_receipts_of_workers_are_merged_and_those_of_engines_added() -> None:
+    tensor_parallel = [worker([[3, 3], [1]], [2, 0])] * 2
+    pipeline_parallel = [worker([[4, 0], [0]], [1, 1]), worker([[0, 4], [5]], [1, 1])]
+    assert merged([tensor_parallel, pipeline_parallel, [None, None]]) == Counts([[7, 7], [6]], [3, 1])
+
+
+def test_receipt_that_nobody_ran_is_none() -> None:
+    assert merged([[None], [None, None]]) is None
