@@ -241,8 +241,11 @@ def admission(model: str) -> dict[str, Any]:
     """Host milliseconds to admit one steered request: in the API process, in the engine's, and in the worker."""
     from safetensors.numpy import save
 
+    from server.api.doses import Doses
+    from server.api.served import ServedModel
     from server.api.steering import Steerer
     from server.engine.banks import Bank
+    from server.engine.edits import OPCODES
     from server.engine.routing import BatchView, Router
     from steering_store import Store
 
@@ -260,7 +263,9 @@ def admission(model: str) -> dict[str, Any]:
             "provenance": {"method": "benchmark"},
         }
         store.publish("bench", manifest, {"v.safetensors": save(vectors)})
-        steerer = Steerer(store, identity, LAYERS, HIDDEN, 16, 1e4, "weights")
+        points = {"resid_post": {"width": HIDDEN, "opcodes": OPCODES}}
+        served = ServedModel(identity, LAYERS, HIDDEN, points, "weights")
+        steerer = Steerer(store, served, 16, 1e4, Doses(None))
         field = {"interventions": [{"artifact": "bench", "strength": 2.0, "apply": {"generation": "all"}}]}
         prepare = timed(lambda: steerer.prepare(field))
         program = steerer.prepare(field).program
@@ -271,8 +276,10 @@ def admission(model: str) -> dict[str, Any]:
         for start in range(0, 256, 32):
             parsed.block_tag(intervals, start, start + 32)
 
-    bank = Bank(LAYERS, 4, HIDDEN)
-    bank.load(program.edits[0].operand, 0, range(LAYERS), np.ones((LAYERS, HIDDEN), "<f4").tobytes())
+    operand = pack({layer: {"vector": np.ones(HIDDEN, np.float32)} for layer in EVERY_LAYER})
+    bank = Bank(len(operand.data))
+    bank.write(0, operand.data.tobytes())
+    bank.bind(program.operands[0], 0, HIDDEN, operand.pieces)
     router = Router(bank, LAYERS, max_requests=32, max_edits=16)
     for index in range(REQUESTS - 1):
         router.admit(f"r{index}", program, f"r{index}", None, 8)

@@ -126,8 +126,7 @@ class Capture:
 
     def _keep(self, taken: SiteCapture, x: torch.Tensor) -> None:
         rows = x.to(DTYPES[self.spec.dtype][0]).cpu()
-        if self.spec.dtype == "float16" and rows.isinf().any() and not x.isinf().any():
-            self._fail("dtype", "an activation is beyond float16: ask for bfloat16 or float32")
+        if self._overflows(rows):
             return
         size = rows.numel() * rows.element_size()
         if self._held + size > self.spec.memory_bytes:
@@ -136,6 +135,12 @@ class Capture:
         self._held += size
         if self._held > self.spec.memory_bytes:
             self._flush()
+
+    def _overflows(self, x: torch.Tensor) -> bool:
+        if x.dtype != torch.float16 or not x.isinf().any():
+            return False
+        self._fail("dtype", "an activation is beyond float16: ask for bfloat16 or float32")
+        return True
 
     def _flush(self) -> None:
         """Move all rows to the file, if there may be one."""
@@ -188,7 +193,11 @@ class Capture:
             return self.failure
         self._closed = True
         if self._spool is None:
-            return safetensors.torch.save(self.tensors(tokens))
+            tensors = self.tensors(tokens)
+            if not any(self._overflows(each) for each in tensors.values()):
+                return safetensors.torch.save(tensors)
+            assert self.failure is not None
+            return self.failure
         return {"path": str(self._spool.hand_over()), "tensors": self._index(tokens)}
 
     def _index(self, tokens: int | None) -> dict[str, dict[str, Any]]:

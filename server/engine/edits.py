@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from server.engine.spans import END, Interval, Span, clip
+from server.engine.spans import END, Interval, Span, SpanError, clip
 
 Opcode = Literal["add", "add_norm", "scale", "rank", "map", "set", "renorm", "gate"]
 Point = Literal["resid_post", "mlp_out", "attn_out", "head_out", "mlp_act"]
@@ -188,6 +188,22 @@ class Program:
             raise ProgramError(index, "a gate can't obey another gate")
         if gate.condition.scope == "token" and (edit.point != gate.point or set(edit.layers) - set(gate.layers)):
             raise ProgramError(index, "a gate for single tokens decides only at its own point and layers")
+
+    def check_spans(self, prompt_len: int, max_tokens: int) -> None:
+        """Raise ProgramError where an edit can act on no token that runs, or names a position outside the prompt."""
+        intervals = self.intervals(prompt_len)
+        for index, edit in enumerate(self.edits):
+            try:
+                edit.span.check(prompt_len, max_tokens)
+            except SpanError as error:
+                raise ProgramError(index, str(error)) from error
+            # The last generated token is returned without being run through the model.
+            if not clip(intervals[index], 0, prompt_len + max_tokens - 1):
+                raise ProgramError(
+                    index,
+                    "the condition is decided at the last prompt token, behind all tokens of the span; widen the span, "
+                    'or use the scope "token"',
+                )
 
     def intervals(self, prompt_len: int) -> tuple[tuple[Interval, ...], ...]:
         """The positions at which each edit acts, for a prompt of that many tokens.

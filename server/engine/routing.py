@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 from typing import NamedTuple, TypeVar
 
@@ -17,7 +18,7 @@ import torch
 
 from server.engine.banks import Bank
 from server.engine.capture import Capture, CaptureSlice
-from server.engine.edits import POINTS, Program, site_index
+from server.engine.edits import POINTS, Point, Program, site_index
 from server.engine.ops.apply import UNDECIDED, Segment, SiteWork, State, prepare
 from server.engine.ops.stages import BoundEdit
 from server.engine.ops.tables import Tables
@@ -122,7 +123,7 @@ class Router:
         if resident is not None and (missing := set(edit.layers) - resident.layers):
             raise RuntimeError(f"bank has no layers {sorted(missing)} of {edit.operand!r}")
         gate = None if edit.gate is None else program.edits[edit.gate].condition
-        sites = frozenset(site_index(edit.point, layer, self.layers) for layer in edit.layers)
+        sites = frozenset(_sites(edit.point, edit.layers, self.layers))
         return BoundEdit(index, edit, resident, None if gate is None else gate.scope), sites
 
     def release(self, request_id: str) -> None:
@@ -161,8 +162,7 @@ class Router:
     def _counts(self, row: _Row) -> Counts:
         touched = self._touched(row)
         by_edit = [
-            touched[[site_index(bound.edit.point, layer, self.layers) for layer in bound.edit.layers], bound.index]
-            for bound, _ in row.edits
+            touched[_sites(bound.edit.point, bound.edit.layers, self.layers), bound.index] for bound, _ in row.edits
         ]
         return Counts(by_edit, np.array(row.cached or [0] * len(row.edits)))
 
@@ -245,6 +245,12 @@ class Router:
         if not segments:
             return None
         return prepare(segments if self.tables is None else (), self.state)
+
+
+@lru_cache(maxsize=1024)
+def _sites(point: Point, chosen: tuple[int, ...], layers: int) -> list[int]:
+    """The numbers of a point's sites at the chosen layers; programs mostly share a few sets of them."""
+    return [site_index(point, layer, layers) for layer in chosen]
 
 
 def _stage(tables: Tables, pieces: list[_Piece], tokens: int) -> None:

@@ -93,24 +93,19 @@ class Part:
     def row_bytes(self) -> int:
         return self.shape[-1] * ITEM_BYTES[self.dtype]
 
-    def read(self, file: BinaryIO | None, first: int, count: int) -> np.ndarray:
-        """Rows [first, first + count) as bytes, uint8 [count, row_bytes]; `file` is the open source, if that is one."""
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open("rb")
+
+    def read(self, file: BinaryIO, first: int, count: int) -> np.ndarray:
+        """Rows [first, first + count) as bytes, uint8 [count, row_bytes], from the open source."""
         pieces, passed = [], 0
         for offset, rows in self.extents:
             start, end = max(first, passed) - passed, min(first + count, passed + rows) - passed
             if start < end:
-                begin, size = offset + start * self.row_bytes, (end - start) * self.row_bytes
-                pieces.append(_bytes_at(self.source if file is None else file, begin, size))
+                file.seek(offset + start * self.row_bytes)
+                pieces.append(file.read((end - start) * self.row_bytes))
             passed += rows
         return np.frombuffer(b"".join(pieces), np.uint8).reshape(count, self.row_bytes)
-
-
-def _bytes_at(source: Any, begin: int, size: int) -> bytes:
-    if isinstance(source, bytes):
-        return source[begin : begin + size]
-    source.seek(begin)
-    data: bytes = source.read(size)
-    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +136,7 @@ class Stored:
         """Its bytes, row by row, in blocks of about a MiB."""
         rows, step = self.parts[0].rows, max(1, BLOCK_BYTES // max(1, sum(part.row_bytes for part in self.parts)))
         with ExitStack() as stack:
-            files = [stack.enter_context(_opened(part.source)) for part in self.parts]
+            files = [stack.enter_context(part.open()) for part in self.parts]
             for first in range(0, rows, step):
                 count = min(step, rows - first)
                 read = [part.read(file, first, count) for part, file in zip(self.parts, files, strict=True)]
@@ -150,10 +145,6 @@ class Stored:
     def numpy(self) -> np.ndarray:
         """The whole tensor. KeyError for bfloat16, which numpy doesn't have."""
         return np.frombuffer(b"".join(self.blocks()), NUMPY[self.dtype]).reshape(self.shape)
-
-
-def _opened(source: bytes | Path) -> Any:
-    return ExitStack() if isinstance(source, bytes) else source.open("rb")
 
 
 def parts(answer: bytes | Mapping[str, Any]) -> dict[str, Part]:

@@ -208,7 +208,7 @@ def _apply_stages(
 
 
 def _decide(stage: Stage, batch: Batch, is_open: torch.Tensor, opened: torch.Tensor, state: State) -> None:
-    assert stage.condition is not None
+    assert stage.condition is not None and stage.state_rows is not None and stage.indices is not None
     if stage.condition.scope == "sequence":
         held = state.decisions[stage.state_rows, stage.indices]
         new = torch.where(is_open, OPEN, CLOSED).to(torch.int8)
@@ -223,7 +223,7 @@ def _decide(stage: Stage, batch: Batch, is_open: torch.Tensor, opened: torch.Ten
 
 def _passes(stage: Stage, batch: Batch, rows: int, opened: torch.Tensor | None, state: State) -> torch.Tensor:
     """Which of the stage's rows their gate lets pass, bool [rows]."""
-    assert stage.gates is not None
+    assert stage.gates is not None and stage.state_rows is not None
     if stage.scope == "sequence":
         return (state.decisions[stage.state_rows, stage.gates] == OPEN).expand(rows)
     if opened is None:  # the gate's own span covers none of these rows

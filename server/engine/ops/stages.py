@@ -62,10 +62,12 @@ class Stage:
     thresholds: torch.Tensor | None
     """[members, 1] float32."""
     scope: str | None
-    state_rows: torch.Tensor
-    indices: torch.Tensor
+    state_rows: torch.Tensor | None
+    indices: torch.Tensor | None
     gates: torch.Tensor | None
-    """For each member: its row of the decisions, the index of its edit, and the index of the gate that it obeys."""
+    """For each member of a gate, or behind one: its row of the decisions, the index of its edit, and the index of the
+    gate that it obeys.
+    """
     counters: np.ndarray
     fresh: np.ndarray
 
@@ -99,6 +101,7 @@ def make_stage(members: list[Member], whole: bool, layers: int, device: torch.de
     if all(each is residents[0] for each in residents):
         residents = residents[:1]
     gates = [edit.gate for edit in edits if edit.gate is not None]
+    is_gated = bool(gates) or first.edit.condition is not None
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
@@ -109,7 +112,7 @@ def make_stage(members: list[Member], whole: bool, layers: int, device: torch.de
         strengths=column([edit.strength for edit in edits]),
         residents=residents,
         starts={
-            role: torch.from_numpy(np.stack([_padded(each.starts[role], layers) for each in residents], 1)).to(device)
+            role: torch.from_numpy(_starts(residents, role, layers)).to(device)
             for role in (residents[0].starts if residents else ())
         },
         function=first.edit.function or Function(),
@@ -120,16 +123,20 @@ def make_stage(members: list[Member], whole: bool, layers: int, device: torch.de
         if first.edit.condition is not None
         else None,
         scope=first.scope,
-        state_rows=torch.tensor([member.state_row for member in members], device=device),
-        indices=torch.tensor([member.bound.index for member in members], device=device),
+        state_rows=torch.tensor([member.state_row for member in members], device=device) if is_gated else None,
+        indices=torch.tensor([member.bound.index for member in members], device=device) if is_gated else None,
         gates=torch.tensor(gates, device=device) if gates else None,
         counters=np.array([member.counter for member in members]),
         fresh=np.array([member.fresh for member in members]),
     )
 
 
-def _padded(starts: np.ndarray, layers: int) -> np.ndarray:
-    return np.pad(starts, (0, layers - len(starts)), constant_values=-1)
+def _starts(residents: tuple[Resident, ...], role: Role, layers: int) -> np.ndarray:
+    """[layers, residents]; -1 where a resident has nothing."""
+    columns = [each.starts[role] for each in residents]
+    if any(len(column) < layers for column in columns):
+        columns = [np.pad(column, (0, layers - len(column)), constant_values=-1) for column in columns]
+    return np.stack(columns, 1)
 
 
 def _bounds(bounds: list[tuple[float, ...] | None], device: torch.device) -> torch.Tensor | None:

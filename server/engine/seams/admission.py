@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from server.engine.edits import Program
+from server.engine.edits import Program, ProgramError
 from server.engine.seams import program_of, wrap
-from server.engine.spans import SpanError
 
 
 def patch() -> None:
@@ -31,16 +30,21 @@ def patch() -> None:
             if program is not None:
                 if request.resumable or request.prompt_token_ids is None:
                     raise Refused("steering needs a prompt of tokens", parameter="steering")
-                _check_spans(program, len(request.prompt_token_ids), request.sampling_params.max_tokens)
+                _check(self.vllm_config, program, len(request.prompt_token_ids), request.sampling_params.max_tokens)
             return request
 
         return process_inputs
 
-    def _check_spans(program: Program, prompt_len: int, max_tokens: int) -> None:
-        for index, edit in enumerate(program.edits):
-            try:
-                edit.span.check(prompt_len, max_tokens)
-            except SpanError as error:
-                raise Refused(str(error), parameter=f"steering.interventions.{index}.apply") from error
+    def _check(vllm_config: Any, program: Program, prompt_len: int, max_tokens: int) -> None:
+        try:
+            program.check_spans(prompt_len, max_tokens)
+        except ProgramError as error:
+            raise Refused(str(error), parameter=f"steering.interventions.{error.index}.apply") from error
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        if stages > 1 and any(
+            edit.condition is not None and edit.condition.scope == "sequence" for edit in program.edits
+        ):
+            message = f'a condition with the scope "sequence" can\'t reach all of {stages} pipeline stages: use "token"'
+            raise Refused(message, parameter="steering.interventions")
 
     wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), make)

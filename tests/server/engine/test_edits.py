@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.edits import Edit, Program
+from server.engine.edits import Condition, Edit, Program, ProgramError
 from server.engine.spans import END, Span, SpanError, clip
 
 POSITION = st.integers(-12, 12)
@@ -134,3 +134,20 @@ def test_a_span_that_can_act_is_accepted() -> None:
 
 def test_clip_keeps_what_is_inside() -> None:
     assert clip(((0, 4), (8, END)), 3, 10) == ((3, 4), (8, 10))
+
+
+def test_a_condition_that_is_decided_behind_the_span_is_refused() -> None:
+    gate = Edit("gate", "v", (2,), condition=Condition("cosine", 0.0, scope="sequence"))
+
+    def behind(span: Span, layer: int = 3) -> Program:
+        return Program((gate, Edit("add", "v", (layer,), 1.0, span, gate=0)))
+
+    behind(Span()).check_spans(6, 4)
+    behind(Span(generation=False)).check_spans(6, 4)  # at the last prompt token
+    with pytest.raises(ProgramError, match="decided at the last prompt token") as refused:
+        behind(Span(generation=False), layer=1).check_spans(6, 4)  # which has passed layer 1 by then
+    assert refused.value.index == 1
+    with pytest.raises(ProgramError, match="decided at the last prompt token"):
+        behind(Span(generation=False, exclude_prompt_positions=(-1,))).check_spans(6, 4)
+    with pytest.raises(ProgramError, match="empty"):
+        Program((Edit("add", "v", (0,), 1.0, Span(prompt=False)),)).check_spans(6, 1)
