@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count
 from typing import NamedTuple, TypeVar
@@ -19,7 +19,7 @@ import torch
 from server.engine.banks import Bank
 from server.engine.capture import Capture, CaptureSlice
 from server.engine.edits import POINTS, Point, Program, site_index
-from server.engine.ops.apply import UNDECIDED, Segment, SiteWork, State, prepare
+from server.engine.ops.apply import OPEN, UNDECIDED, Segment, SiteWork, State, prepare
 from server.engine.ops.stages import BoundEdit
 from server.engine.ops.tables import Tables
 from server.engine.spans import Interval, clip
@@ -237,14 +237,24 @@ class Router:
         return groups
 
     def _work(self, pieces: list[_Piece], active: list[tuple[int, ...]]) -> SiteWork | None:
-        segments = [
-            Segment(piece.start, piece.end, piece.fresh, piece.row.index, tuple(piece.row.edits[m][0] for m in edits))
-            for piece, edits in zip(pieces, active, strict=True)
-            if edits
-        ]
+        segments = []
+        for piece, edits in zip(pieces, active, strict=True):
+            bound = tuple(each for m in edits if (each := self._decided(piece.row, m)) is not None)
+            if bound:
+                segments.append(Segment(piece.start, piece.end, piece.fresh, piece.row.index, bound))
         if not segments:
             return None
         return prepare(segments if self.tables is None else (), self.state)
+
+    def _decided(self, row: _Row, index: int) -> BoundEdit | None:
+        """An edit as it acts in this step; behind a gate that has decided for the sequence it is free, or gone."""
+        bound = row.edits[index][0]
+        if bound.scope != "sequence" or self.tables is not None:
+            return bound
+        decision = int(self.state.decisions[row.index, bound.edit.gate])
+        if decision == UNDECIDED:
+            return bound
+        return replace(bound, scope=None) if decision == OPEN else None
 
 
 @lru_cache(maxsize=1024)

@@ -85,8 +85,12 @@ def prepare(segments: Sequence[Segment], state: State) -> SiteWork:
     """Lay out one site's work so that the op itself does little in Python on a decode step."""
     singles = [segment for segment in segments if segment.end - segment.start == 1]
     batches = [_batch([segment], state) for segment in segments if segment.end - segment.start > 1]
-    if singles:
-        batches.append(_batch(singles, state))
+    affine = [segment for segment in singles if all(_is_affine(bound) for bound in segment.edits)]
+    for part in (affine, [segment for segment in singles if segment not in affine]):
+        if part:
+            # Rows with the same opcodes side by side, so that a stage reads and writes a slice of them.
+            part.sort(key=lambda segment: [str(stage_key(bound)) for bound in segment.edits])
+            batches.append(_batch(part, state))
     counts: dict[int, int] = {}
     for segment in segments:
         for bound in segment.edits:
@@ -96,11 +100,15 @@ def prepare(segments: Sequence[Segment], state: State) -> SiteWork:
     return SiteWork(tuple(batches), np.array(list(counts), np.int64), np.array(list(counts.values()), np.int64))
 
 
+def _is_affine(bound: BoundEdit) -> bool:
+    return bound.edit.opcode in ("add", "scale") and bound.scope is None
+
+
 def _batch(segments: list[Segment], state: State) -> Batch:
-    start, end, tokens = segments[0].start, segments[-1].end, sum(each.end - each.start for each in segments)
-    rows: torch.Tensor | slice = slice(start, end)
-    if end - start != tokens:
-        rows = torch.tensor([segment.start for segment in segments], device=state.bank.device)
+    starts, tokens = [segment.start for segment in segments], sum(each.end - each.start for each in segments)
+    rows: torch.Tensor | slice = slice(starts[0], segments[-1].end)
+    if len(segments) > 1 and starts != list(range(starts[0], segments[-1].end)):
+        rows = torch.tensor(starts, device=state.bank.device)
     stages: list[Stage] = []
     for k in range(max(len(segment.edits) for segment in segments)):
         groups: dict[object, list[Member]] = {}
@@ -113,7 +121,7 @@ def _batch(segments: list[Segment], state: State) -> Batch:
         for members in groups.values():
             whole = len(members) == len(segments)
             stages.append(make_stage(members, whole, state.layers, state.bank.device))
-    affine = all(stage.opcode in ("add", "scale") and stage.scope is None for stage in stages)
+    affine = all(_is_affine(bound) for segment in segments for bound in segment.edits)
     return Batch(rows, tokens, len(segments), tuple(stages), affine)
 
 
@@ -131,12 +139,6 @@ def apply(
         capture.add(hidden, residual)
 
 
-def _read(rows: torch.Tensor | slice, hidden: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-    """A float32 copy of the activations of some rows."""
-    x = residual[rows].to(torch.float32, copy=True)
-    return x if hidden is None else x.add_(hidden[rows])
-
-
 def _apply_affine(
     site: int, layer: int, batch: Batch, bank: Bank, hidden: torch.Tensor | None, residual: torch.Tensor
 ) -> None:
@@ -144,11 +146,12 @@ def _apply_affine(
     if affine is None:
         affine = batch.composed[site] = _compose(layer, batch, bank, residual.shape[1])
     factor, shift = affine
-    target = residual[batch.rows]  # a copy where the rows are not contiguous
+    target = _take(residual, batch.rows)
     if factor is None:
         target.add_(shift if shift is not None else 0)
     elif hidden is not None:
-        delta = _read(batch.rows, hidden, residual) * (factor - 1)
+        x = target.to(torch.float32, copy=True).add_(_take(hidden, batch.rows))
+        delta = x * (factor - 1)
         target.add_(delta if shift is None else delta.add_(shift))
     elif shift is None:
         target.mul_(factor)
@@ -166,7 +169,9 @@ def _compose(layer: int, batch: Batch, bank: Bank, width: int) -> Affine:
         """[operand rows, width], with `rest` where the stage has no part."""
         if stage.positions is None:
             return value.expand(batch.operand_rows, width)
-        return value.new_full((batch.operand_rows, width), rest).index_copy_(0, stage.positions, value)
+        full = value.new_full((batch.operand_rows, width), rest)
+        full[stage.positions] = value
+        return full
 
     for stage in batch.stages:
         if stage.opcode == "add":
@@ -182,8 +187,11 @@ def _compose(layer: int, batch: Batch, bank: Bank, width: int) -> Affine:
 def _apply_stages(
     site: int, layer: int, batch: Batch, state: State, hidden: torch.Tensor | None, residual: torch.Tensor
 ) -> None:
-    before = _read(batch.rows, hidden, residual)
-    x = before
+    target = _take(residual, batch.rows)
+    before = target.to(torch.float32, copy=True)
+    if hidden is not None:
+        before.add_(_take(hidden, batch.rows))
+    x = before.clone()
     opened: torch.Tensor | None = None
     for stage in batch.stages:
         part = x if stage.positions is None else x[stage.positions]
@@ -192,19 +200,32 @@ def _apply_stages(
                 opened = torch.zeros(batch.tokens, state.max_edits, dtype=torch.bool, device=x.device)
             _decide(stage, batch, read_gate(stage, layer, part, state.bank), opened, state)
             continue
-        start = before if stage.positions is None else before[stage.positions]
-        after = change(stage, layer, part, start, state.bank)
+        start = before if stage.positions is None or stage.opcode != "renorm" else before[stage.positions]
         if stage.scope is not None:
-            passes = _passes(stage, batch, len(part), opened, state)
-            after = torch.where(passes[:, None], after, part)
+            passes, unchanged = _passes(stage, batch, len(part), opened, state), part.clone()
+            change(stage, layer, part, start, state.bank)
+            part.copy_(torch.where(passes[:, None], part, unchanged))
             _count_passed(stage, site, passes, state)
-        x = after if stage.positions is None else x.index_copy(0, stage.positions, after)
+        else:
+            change(stage, layer, part, start, state.bank)
+        if isinstance(stage.positions, torch.Tensor):  # then the part is a copy
+            x.index_copy_(0, stage.positions, part)
     if hidden is None:
-        residual[batch.rows] = x.to(residual.dtype)
-    elif isinstance(batch.rows, slice):
-        residual[batch.rows].add_(x - before)
+        target.copy_(x)
     else:
-        residual[batch.rows] = (residual[batch.rows] + (x - before)).to(residual.dtype)
+        target.add_(x.sub_(before))
+    if not isinstance(batch.rows, slice):
+        residual.index_copy_(0, batch.rows, target)
+
+
+def _take(x: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    """Some rows: a view of them where they are in a row, else a copy."""
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def _rows(stage: Stage, batch: Batch) -> torch.Tensor:
+    rows = torch.arange(batch.tokens)
+    return rows if stage.positions is None else rows[stage.positions]
 
 
 def _decide(stage: Stage, batch: Batch, is_open: torch.Tensor, opened: torch.Tensor, state: State) -> None:
@@ -217,7 +238,7 @@ def _decide(stage: Stage, batch: Batch, is_open: torch.Tensor, opened: torch.Ten
     elif batch.operand_rows == 1:
         opened[:, stage.indices[0]] = is_open
     else:
-        positions = torch.arange(batch.tokens) if stage.positions is None else stage.positions
+        positions = _rows(stage, batch)
         opened[positions, stage.indices] = is_open
 
 
@@ -230,7 +251,7 @@ def _passes(stage: Stage, batch: Batch, rows: int, opened: torch.Tensor | None, 
         return torch.zeros(rows, dtype=torch.bool)
     if batch.operand_rows == 1:
         return opened[:, stage.gates[0]]
-    positions = torch.arange(batch.tokens) if stage.positions is None else stage.positions
+    positions = _rows(stage, batch)
     return opened[positions, stage.gates]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -46,8 +46,8 @@ class Stage:
     """
 
     opcode: Opcode
-    positions: torch.Tensor | None
-    """Indices into the batch's rows [members], or None for all of them in order."""
+    positions: torch.Tensor | slice | None
+    """Which of the batch's rows [members], or None for all of them in order."""
     strengths: torch.Tensor
     """[members, 1] float32."""
     residents: tuple[Resident, ...]
@@ -70,6 +70,8 @@ class Stage:
     """
     counters: np.ndarray
     fresh: np.ndarray
+    kept: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    """By layer: what the stage reads there, gathered when it first ran."""
 
 
 def stage_key(bound: BoundEdit) -> tuple[object, ...]:
@@ -108,7 +110,7 @@ def make_stage(members: list[Member], whole: bool, layers: int, device: torch.de
 
     return Stage(
         opcode=first.edit.opcode,
-        positions=None if whole else torch.tensor([member.position for member in members], device=device),
+        positions=None if whole else _positions([member.position for member in members], device),
         strengths=column([edit.strength for edit in edits]),
         residents=residents,
         starts={
@@ -129,6 +131,13 @@ def make_stage(members: list[Member], whole: bool, layers: int, device: torch.de
         counters=np.array([member.counter for member in members]),
         fresh=np.array([member.fresh for member in members]),
     )
+
+
+def _positions(rows: list[int], device: torch.device) -> torch.Tensor | slice:
+    """Rows in a row as a slice: reading and writing them costs far less."""
+    if rows == list(range(rows[0], rows[-1] + 1)):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
 
 
 def _starts(residents: tuple[Resident, ...], role: Role, layers: int) -> np.ndarray:
@@ -171,50 +180,81 @@ def _numbers(stage: Stage, role: Role, layer: int, bank: Bank) -> torch.Tensor:
     return numbers
 
 
-def change(stage: Stage, layer: int, x: torch.Tensor, x0: torch.Tensor, bank: Bank) -> torch.Tensor:
-    """The activations [rows, width] float32 after the stage; `x0` are those before the program's first edit here."""
-    width = x.shape[1]
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """[rows, 1]."""
+    norms: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norms
+
+
+def change(stage: Stage, layer: int, x: torch.Tensor, x0: torch.Tensor, bank: Bank) -> None:
+    """Apply the stage to the activations x [rows, width] float32, in place; `x0` are those before the program's first
+    edit here.
+    """
+    if stage.opcode == "renorm":
+        norm = _norms(x).clamp_min_(torch.finfo(torch.float32).tiny)
+        x.mul_(_norms(x0).div_(norm))
+        return
+    kept = stage.kept.get(layer)
+    if kept is None:
+        kept = stage.kept[layer] = _gather(stage, layer, bank, x.shape[1])
     match stage.opcode:
         case "add":
-            return x + stage.strengths * rows_of(stage, "vector", layer, bank, width)
+            x.add_(kept[0])
         case "add_norm":
-            scale: torch.Tensor = x.norm(dim=1, keepdim=True) * _numbers(stage, "inverse_norm", layer, bank)
-            return x + stage.strengths * scale * rows_of(stage, "vector", layer, bank, width)
+            x.addcmul_(_norms(x), kept[0])
         case "scale":
-            return x + stage.strengths * rows_of(stage, "mask", layer, bank, width) * x
-        case "rank":
-            return x + stage.strengths * _combine(
-                _coefficients(stage, layer, x, bank), _matrices(stage, "decoder", layer, bank, width)
-            )
-        case "map" if "matrix" in stage.starts:
-            return x + stage.strengths * (x @ _matrices(stage, "matrix", layer, bank, width)[0].T)
-        case "map":
-            coefficients = x @ _matrices(stage, "right", layer, bank, width)[0].T
-            return x + stage.strengths * (coefficients @ _matrices(stage, "left", layer, bank, width)[0])
+            x.mul_(kept[0])
         case "set":
-            return rows_of(stage, "vector", layer, bank, width).expand_as(x)
-        case "renorm":
-            norm: torch.Tensor = x.norm(dim=1, keepdim=True)
-            return torch.where(norm > 0, x * (x0.norm(dim=1, keepdim=True) / norm), x)
-    raise AssertionError(f"{stage.opcode} changes nothing")
+            x.copy_(kept[0])
+        case "rank":
+            _combine(x, _coefficients(stage, x, *kept[:3]), kept[3])
+        case "map":
+            x.add_(stage.strengths * (x @ kept[0].T if len(kept) == 1 else x @ kept[0].T @ kept[1]))
+        case _:
+            raise AssertionError(f"{stage.opcode} changes nothing")
 
 
-def _coefficients(stage: Stage, layer: int, x: torch.Tensor, bank: Bank) -> torch.Tensor:
+def _gather(stage: Stage, layer: int, bank: Bank, width: int) -> tuple[torch.Tensor, ...]:
+    """What the stage reads at a layer, with the strengths in it where the formula allows."""
+    match stage.opcode:
+        case "add":
+            return (stage.strengths * rows_of(stage, "vector", layer, bank, width),)
+        case "add_norm":
+            direction = rows_of(stage, "vector", layer, bank, width) * _numbers(stage, "inverse_norm", layer, bank)
+            return (stage.strengths * direction,)
+        case "scale":
+            return (1 + stage.strengths * rows_of(stage, "mask", layer, bank, width),)
+        case "rank":
+            numbers = (_numbers(stage, role, layer, bank) for role in ("bias", "threshold"))
+            decoder = stage.strengths[:, :, None] * _matrices(stage, "decoder", layer, bank, width)
+            return _matrices(stage, "encoder", layer, bank, width), *numbers, decoder
+        case "map":
+            roles: tuple[Role, ...] = ("matrix",) if "matrix" in stage.starts else ("right", "left")
+            return tuple(_matrices(stage, role, layer, bank, width)[0] for role in roles)
+    return (rows_of(stage, "vector", layer, bank, width),)
+
+
+def _coefficients(
+    stage: Stage, x: torch.Tensor, encoder: torch.Tensor, bias: torch.Tensor, threshold: torch.Tensor
+) -> torch.Tensor:
     """c [rows, rank] of `rank`."""
-    encoder = _matrices(stage, "encoder", layer, bank, x.shape[1])
-    products = x @ encoder[0].T if len(encoder) == 1 else torch.bmm(encoder, x[:, :, None])[:, :, 0]
-    c = products + _numbers(stage, "bias", layer, bank)
+    if len(encoder) == 1:
+        c = torch.addmm(bias, x, encoder[0].T)
+    else:
+        c = torch.baddbmm(bias[:, :, None], encoder, x[:, :, None]).squeeze(2)
     if stage.function.activation == "relu":
-        c = c.relu()
+        c = c.relu_()
     elif stage.function.activation == "jumprelu":
-        c = torch.where(c > _numbers(stage, "threshold", layer, bank), c, 0)
+        c = torch.where(c > threshold, c, 0)
     return torch.clamp(c, stage.low, stage.high) - c if stage.function.clamps else c
 
 
-def _combine(coefficients: torch.Tensor, decoder: torch.Tensor) -> torch.Tensor:
+def _combine(x: torch.Tensor, coefficients: torch.Tensor, decoder: torch.Tensor) -> None:
+    """x += c d; `decoder` has one matrix for each row, or one for all."""
     if len(decoder) == 1:
-        return coefficients @ decoder[0]
-    return torch.bmm(coefficients[:, None, :], decoder)[:, 0]
+        x.addmm_(coefficients, decoder[0])
+    else:
+        x[:, None].baddbmm_(coefficients[:, None], decoder)
 
 
 def read_gate(stage: Stage, layer: int, x: torch.Tensor, bank: Bank) -> torch.Tensor:
@@ -222,6 +262,6 @@ def read_gate(stage: Stage, layer: int, x: torch.Tensor, bank: Bank) -> torch.Te
     assert stage.condition is not None and stage.thresholds is not None
     value = (x * rows_of(stage, "vector", layer, bank, x.shape[1])).sum(1, keepdim=True)
     if stage.condition.readout == "cosine":
-        norm = x.norm(dim=1, keepdim=True)
+        norm = _norms(x)
         value = torch.where(norm > 0, value / norm, 0) * _numbers(stage, "inverse_norm", layer, bank)
     return (value > stage.thresholds if stage.condition.above else value < stage.thresholds)[:, 0]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from server.engine.edits import Condition, Edit, Function, Point, Program
+from server.engine.edits import Condition, Edit, Function, Point, Program, ProgramError
 from server.engine.operands import Operand, Role, pack
 from server.engine.spans import Span
 
@@ -85,13 +85,16 @@ def random_edit(rng: random.Random, layers: int, points: tuple[Point, ...], stre
 def random_program(
     rng: random.Random, layers: int, points: tuple[Point, ...] = ("resid_post",), strength: float = 2.0
 ) -> Program:
-    """One to four edits, sometimes behind a gate."""
-    edits = [random_edit(rng, layers, points, strength) for _ in range(rng.randint(1, 4))]
-    if rng.random() < 0.5:
-        edits = gated(rng, edits, layers)
-    program = Program(tuple(edits))
-    program.check()
-    return program
+    """One to four edits, sometimes behind a gate; each can act on a prompt of 6 tokens or more and 5 new ones."""
+    while True:
+        edits = [random_edit(rng, layers, points, strength) for _ in range(rng.randint(1, 4))]
+        program = Program(tuple(gated(rng, edits, layers) if rng.random() < 0.5 else edits))
+        program.check()
+        try:
+            program.check_spans(6, 5)
+        except ProgramError:
+            continue
+        return program
 
 
 def gated(rng: random.Random, edits: list[Edit], layers: int) -> list[Edit]:
