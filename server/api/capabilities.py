@@ -77,6 +77,7 @@ async def get_capabilities(request: Request) -> Capabilities:
             "max_artifact_bytes": settings.max_artifact_bytes,
             "max_fit_pairs": settings.max_fit_pairs,
             "bank_bytes": engine.bank_bytes,
+            "max_capture_bytes": settings.max_capture_bytes,
         },
     )
 

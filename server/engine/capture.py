@@ -131,6 +131,8 @@ class Capture:
         size = rows.numel() * rows.element_size()
         if self._held + size > self.spec.memory_bytes:
             self._flush()
+        if self._closed:
+            return
         taken.rows.append(rows)
         self._held += size
         if self._held > self.spec.memory_bytes:
@@ -170,7 +172,7 @@ class Capture:
 
     def close(self) -> None:
         """Let go of everything, the file too, and take no more."""
-        self._closed = True
+        self._closed, self._held = True, 0
         self.at.clear()
         if self._spool is not None:
             self._spool.close()

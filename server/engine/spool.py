@@ -78,7 +78,7 @@ def _discard(file: io.FileIO, path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor [rows, width] or [width] as one worker left it: rows in `source`, a buffer or the path of a file."""
+    """A tensor [rows, width], [width] or [] as one worker left it: rows in `source`, a buffer or the path of a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -91,7 +91,7 @@ class Part:
 
     @property
     def row_bytes(self) -> int:
-        return self.shape[-1] * ITEM_BYTES[self.dtype]
+        return (self.shape[-1] if self.shape else 1) * ITEM_BYTES[self.dtype]
 
     def open(self) -> BinaryIO:
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open("rb")
@@ -126,6 +126,8 @@ class Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if len(self.parts) == 1:
+            return self.parts[0].shape
         return (*self.parts[0].shape[:-1], sum(part.shape[-1] for part in self.parts))
 
     @property

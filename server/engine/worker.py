@@ -1,7 +1,7 @@
 """What the API process may ask of a worker, by method name over vLLM's `collective_rpc`.
 
-Mixed into vLLM's worker class (`worker_extension_cls`). Calls run between steps, in order with the requests around
-them.
+The seam `worker_rpc` gives these methods to vLLM's worker class. Calls run between steps, in order with the requests
+around them.
 """
 
 from __future__ import annotations
