@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ from server.demo import ensure_demo
 from server.engine import frontend
 from server.engine.spool import Spools
 from server.fit_jobs import FitJobs
+from server.locks import holding
 from server.models import ResolvedModel, model_identity, resolve_model
 from server.progress import Reporter
 from server.settings import Settings
@@ -40,12 +43,21 @@ class Polyhelm:
     captures: Spools
 
 
-async def serve(settings: Settings, engine_args: Sequence[str], report: Reporter) -> None:
+def serve(settings: Settings, engine_args: Sequence[str], report: Reporter) -> None:
     """Convert the model if needed, start and check the engine, fit the demo if asked for, and serve until told to."""
     report.step(f"model {settings.model}")
     model = resolve_model(settings.model, settings.data_dir, report.step)
-    store = open_store(settings)
     args = frontend.parse_args(model, settings, engine_args)
+    if (args.api_server_count or 1) > 1:
+        report.step(f"starting vLLM and {args.api_server_count} API processes, which check that every site steers")
+        frontend.serve_several(args, settings)
+    else:
+        asyncio.run(_serve(settings, model, args, report))
+
+
+async def _serve(settings: Settings, model: ResolvedModel, args: Namespace, report: Reporter) -> None:
+    """All in this process but the engine."""
+    store = open_store(settings)
     sock = frontend.open_socket(args)
     report.step("starting vLLM and checking that every site steers")
     async with frontend.open_engine(args, settings) as engine:
@@ -67,7 +79,9 @@ async def assemble(
     # Not before: a hub model is in the local cache only once vLLM has loaded it.
     identity = model_identity(model.path)
     if settings.demo:
-        await ensure_demo(engine, store, identity, report.progress)
+        # The first of several processes fits, and the others find the artifacts there.
+        async with holding(settings.data_dir / "demo.lock"):
+            await ensure_demo(engine, store, identity, report.progress)
     served = ServedModel(identity, engine.layers, engine.hidden_size, engine.points, settings.model_match)
     steerer = Steerer(store, served, engine.max_edits, settings.max_strength, Doses(settings.max_relative_dose))
     jobs = FitJobs(settings.data_dir / "fits", engine, store, identity)

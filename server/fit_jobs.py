@@ -1,24 +1,30 @@
-"""Fit jobs: one at a time, kept in `<data-dir>/fits/`, taken up again after a restart."""
+"""Fit jobs: one at a time, kept in `<data-dir>/fits/`, taken up again after a restart.
+
+Several processes may serve from one data directory. Each accepts, lists and cancels jobs, in the folder; one of them,
+the holder of a lock, runs those of its model.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import hashlib
 import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel
 
 from server.api.errors import ApiError
+from server.fit_records import FitFolder, FitJob, FitRecord, Progress
 from server.fits import FitSpec, run_fit
+from server.locks import POLL_SECONDS, holding
 from server.models import ModelIdentity
-from steering_store import Store
-from steering_store.blobs import fsync
+from steering_store import Publication, Store
 from steering_store.errors import ArtifactNotFound, StoreError
 
 if TYPE_CHECKING:
@@ -29,57 +35,37 @@ ANNOTATION = "fit"
 """Names the job in the artifact, so that a job cut off after publishing isn't run twice."""
 
 
-class Progress(BaseModel):
-    """Texts captured, of all."""
-
-    done: int = 0
-    total: int = 0
-
-
-class FitJob(BaseModel):
-    """A fit and how far it is. `artifact` is `name@version` once it is published."""
-
-    id: str
-    object: Literal["fit"] = "fit"
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
-    name: str
-    method: str
-    progress: Progress = Progress()
-    artifact: str | None = None
-    error: str | None = None
-    created_at: datetime
-
-
-class _Record(BaseModel):
+@dataclass
+class _Running:
     job: FitJob
-    spec: FitSpec | None
-    """None once the job is over: nobody needs the texts any more."""
+    progress: Progress
+    task: asyncio.Task[None] | None = None
+
+    def cancel(self) -> None:
+        # Once: a second time would cut off the clean-up.
+        if self.task is not None and not self.task.cancelling():
+            self.task.cancel()
 
 
 @dataclass
 class FitJobs:
-    """All jobs by id, oldest first. Belongs to one event loop; `start` it once the engine is up."""
+    """All jobs, oldest first. Belongs to one event loop; `start` it once the engine is up."""
 
     folder: Path
     engine: Engine
     store: Store
     identity: ModelIdentity
-    _records: dict[str, _Record] = field(default_factory=dict)
-    _queue: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _running: _Running | None = None
     _worker: asyncio.Task[None] | None = None
-    _running: tuple[str, asyncio.Task[None]] | None = None
+
+    def __post_init__(self) -> None:
+        self._records = FitFolder(self.folder)
+        self._model = self.identity["weights_digest"] or self.engine.model_name
 
     def start(self) -> None:
-        """Read the jobs of earlier runs and go on with the unfinished ones."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left_behind in self.folder.glob("*.tmp"):
-            left_behind.unlink()
-        records = [_Record.model_validate_json(path.read_bytes()) for path in self.folder.glob("*.json")]
-        for record in sorted(records, key=lambda record: record.job.created_at):
-            self._records[record.job.id] = record
-            if record.job.status in ("queued", "running"):
-                record.job.status = "queued"
-                self._queue.put_nowait(record.job.id)
+        """Go on with the unfinished jobs of earlier runs. ValueError where a record can't be read."""
+        self._records.heads()
         self._worker = asyncio.create_task(self._work())
 
     async def submit(self, spec: FitSpec) -> FitJob:
@@ -87,90 +73,154 @@ class FitJobs:
         job = FitJob(
             id=f"fit-{uuid.uuid4().hex[:16]}", name=spec.name, method=spec.method, created_at=datetime.now(UTC)
         )
-        record = _Record(job=job, spec=spec)
-        await run_in_threadpool(self._save, record)
-        self._records[job.id] = record
-        self._queue.put_nowait(job.id)
+        await run_in_threadpool(self._records.add, FitRecord(job=job, model=self._model, spec=spec))
+        self._wake.set()
         return job
 
     def get(self, fit_id: str) -> FitJob:
         """Raises ApiError 404."""
-        if fit_id not in self._records:
+        head = self._records.head(fit_id)
+        if head is None:
             raise ApiError(404, f"no fit {fit_id!r}; GET /v1/fits lists them", "id")
-        return self._records[fit_id].job
+        return self._now(head.job)
 
     def list(self) -> list[FitJob]:
-        return [record.job for record in self._records.values()]
+        return [self._now(head.job) for head in self._records.heads()]
 
     async def cancel(self, fit_id: str) -> FitJob:
         """Stop a queued or running job. Raises ApiError 404, or 409 when it is over."""
-        job = self.get(fit_id)
-        if job.status not in ("queued", "running"):
-            raise ApiError(409, f"fit {fit_id} has {job.status} already", "id")
-        if self._running is not None and self._running[0] == fit_id:
-            self._running[1].cancel()
-        job.status = "cancelled"
-        await run_in_threadpool(self._save, self._records[fit_id])
+        job = await run_in_threadpool(
+            self._records.end, fit_id, lambda job: {"status": "cancelled", "progress": self._now(job).progress}
+        )
+        if job is None:
+            raise ApiError(409, f"fit {fit_id} has {self.get(fit_id).status} already", "id")
+        if self._running is not None and self._running.job.id == fit_id:
+            self._running.cancel()
         return job
 
+    def _now(self, job: FitJob) -> FitJob:
+        """The job as it is: on disk, what this process runs is a little behind."""
+        running = self._running
+        if job.over or running is None or running.job.id != job.id:
+            return job
+        return job.model_copy(update={"status": "running", "progress": running.progress})
+
     async def _work(self) -> None:
-        while True:
-            record = self._records[await self._queue.get()]
-            if record.job.status != "queued":
+        lock = self.folder / f"{hashlib.sha256(self._model.encode()).hexdigest()[:16]}.lock"
+        while self.engine.alive:
+            try:
+                async with holding(lock):
+                    await self._run_all()
+            except Exception:  # a full disk, say: the jobs are kept, and go on when it has room again
+                log.exception("fits can't go on")
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _run_all(self) -> None:
+        """Run what is there and what comes, while the engine lives."""
+        await run_in_threadpool(self._take_over)
+        while self.engine.alive:
+            self._wake.clear()
+            job = await run_in_threadpool(self._next)
+            if job is not None:
+                await self._run(job)
                 continue
-            task = asyncio.create_task(self._run(record))
-            self._running = (record.job.id, task)
-            await asyncio.wait([task])
-            self._running = None
-            if not task.cancelled() and (error := task.exception()) is not None:
-                if not self.engine.alive:
-                    record.job.status = "queued"  # the next start takes it up
-                    await run_in_threadpool(self._save, record)
-                    return
-                self._fail(record, error)
-            record.spec = None
-            await run_in_threadpool(self._save, record)
+            with suppress(TimeoutError):  # other processes can't wake this one
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._wake.wait()
 
-    async def _run(self, record: _Record) -> None:
-        job, spec = record.job, record.spec
-        assert spec is not None
-        job.status = "running"
-        published = await run_in_threadpool(self._published, job)
-        if published is None:
+    def _take_over(self) -> None:
+        self._records.sweep()
+        for job in self._mine():
+            self._records.requeue(job.id)
 
-            def progress(done: int, total: int) -> None:
-                job.progress = Progress(done=done, total=total)
+    def _mine(self) -> Sequence[FitJob]:
+        heads = self._records.heads()
+        return [head.job for head in heads if not head.job.over and head.model in (self._model, None)]
 
-            annotations = {ANNOTATION: job.id}
-            publication = await run_fit(
-                spec, self.engine, self.store, self.identity, job.created_at, progress, annotations
-            )
-            published = publication.version.ref
-        job.artifact, job.status = published, "succeeded"
-        log.info("fit succeeded", fit=job.id, artifact=published)
+    def _next(self) -> FitJob | None:
+        return next(iter(self._mine()), None)
 
-    def _published(self, job: FitJob) -> str | None:
+    async def _run(self, job: FitJob) -> None:
+        """Run a job to its end, or until somebody cancels it."""
+        running = self._running = _Running(job, Progress())
+        task = running.task = asyncio.create_task(self._fit(running))
         try:
-            versions = self.store.versions(job.name)
-        except ArtifactNotFound:
-            return None
-        return next((v.ref for v in versions if v.manifest.annotations.get(ANNOTATION) == job.id), None)
+            while not task.done():
+                if not await run_in_threadpool(self._records.report, job.id, running.progress):
+                    running.cancel()
+                await asyncio.wait([task], timeout=POLL_SECONDS)
+        finally:
+            running.cancel()
+            self._running = None
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if self.engine.alive:
+            await run_in_threadpool(self._fail, job, error)
+        else:
+            await run_in_threadpool(self._records.requeue, job.id)  # the next start takes it up
 
-    def _fail(self, record: _Record, error: BaseException) -> None:
+    async def _fit(self, running: _Running) -> None:
+        job = running.job
+        commit = _Commit(self._records, self.store, running)
+        if await run_in_threadpool(commit.published):
+            return
+        spec = await run_in_threadpool(self._records.spec, job.id)
+
+        def progress(done: int, total: int) -> None:
+            running.progress = Progress(done=done, total=total)
+
+        store, annotations = cast(Store, commit), {ANNOTATION: job.id}
+        await run_fit(spec, self.engine, store, self.identity, job.created_at, progress, annotations)
+
+    def _fail(self, job: FitJob, error: BaseException) -> None:
         if isinstance(error, ExceptionGroup):
             error = error.exceptions[0]
         expected = isinstance(error, ApiError | StoreError)
-        record.job.status = "failed"
-        record.job.error = str(error) if expected else f"internal error: {type(error).__name__}: {error}"
-        log.error("fit failed", fit=record.job.id, error=record.job.error, exc_info=None if expected else error)
+        message = str(error) if expected else f"internal error: {type(error).__name__}: {error}"
+        if self._records.end(job.id, lambda job: {"status": "failed", "error": message}) is not None:
+            log.error("fit failed", fit=job.id, error=message, exc_info=None if expected else error)
 
-    def _save(self, record: _Record) -> None:
-        path = self.folder / f"{record.job.id}.json"
-        # Its own name: a job that is cancelled is saved by its worker and by the request at the same time.
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        with temporary.open("wb") as file:
-            file.write(record.model_dump_json().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        fsync(self.folder)
+
+class _Withdrawn(Exception):
+    """The job was cancelled before its artifact could be published."""
+
+
+@dataclass
+class _Commit:
+    """Where a job publishes: the artifact and the job's end are one, so that a cancelled job publishes nothing."""
+
+    records: FitFolder
+    store: Store
+    running: _Running
+
+    def publish(self, name: str, manifest: Mapping[str, object], files: Mapping[str, bytes]) -> Publication:
+        publications: list[Publication] = []
+
+        def publish() -> str:
+            publications.append(self.store.publish(name, manifest, files))
+            return publications[0].version.ref
+
+        self._succeed(publish)
+        return publications[0]
+
+    def published(self) -> bool:
+        """Whether the job had published when it was cut off; if so, it ends."""
+        job = self.running.job
+        try:
+            versions = self.store.versions(job.name)
+        except ArtifactNotFound:
+            return False
+        for version in versions:
+            if version.manifest.annotations.get(ANNOTATION) == job.id:
+                self._succeed(lambda: version.ref)  # noqa: B023 (called at once)
+                return True
+        return False
+
+    def _succeed(self, artifact: Any) -> None:
+        job = self.records.end(
+            self.running.job.id,
+            lambda job: {"status": "succeeded", "artifact": artifact(), "progress": self.running.progress},
+        )
+        if job is None:
+            raise _Withdrawn
+        log.info("fit succeeded", fit=job.id, artifact=job.artifact)

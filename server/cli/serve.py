@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,7 +52,7 @@ def serve(
         prefix_cache=prefix_cache,
     )
     try:
-        asyncio.run(serve_app(settings, context.args, Reporter()))
+        serve_app(settings, context.args, Reporter())
     except (ModelError, EngineStartError, OSError) as error:
         typer.echo(f"polyhelm: {error}", err=True)
         raise typer.Exit(1) from error

@@ -38,7 +38,6 @@ class Endpoint:
         """Prove that the engine steers, and extend the app. Raises EngineStartError."""
         if os.environ.get(ENABLED) != "1":
             raise frontend.EngineStartError(f"VLLM_PLUGINS names {PLUGIN}: set {ENABLED}=1 as well, or leave it out")
-        frontend.refuse_args(args)
         settings = Settings()
         engine = await frontend.prove(engine_client, settings)
         name = state.openai_serving_models.base_model_paths[0].name

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from server.engine.bank_directory import BankTooSmall
+from server.engine.bank_directory import BankFull, BankTooSmall
 from server.engine.client import Engine
 from server.engine.plugin import ENABLED, PLUGIN
 from server.engine.probe import probe
@@ -22,6 +22,8 @@ from server.models import ResolvedModel
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
@@ -48,23 +50,14 @@ def parse_args(model: ResolvedModel, settings: Settings, extra: Sequence[str]) -
     parser = make_arg_parser(FlexibleArgumentParser(prog="polyhelm serve"))
     args = parser.parse_args([*defaults, *extra])
     validate_parsed_serve_args(args)
-    refuse_args(args)
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: engine_config(settings)}
     return args
 
 
-def refuse_args(args: Namespace) -> None:
-    """Raise EngineStartError for a vLLM server option that polyhelm can't serve with."""
-    if (args.api_server_count or 1) > 1:
-        raise EngineStartError("--api-server-count above 1 isn't supported yet: run replicas behind a load balancer")
-
-
-@asynccontextmanager
-async def open_engine(args: Namespace, settings: Settings) -> AsyncIterator[Engine]:
-    """Start vLLM, install the seams, and prove that steering works; yields the `Engine`. Raises EngineStartError."""
+def check_config(args: Namespace) -> tuple[AsyncEngineArgs, VllmConfig]:
+    """The engine's configuration, with the seams of this process installed. Raises EngineStartError."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     engine_args = AsyncEngineArgs.from_cli_args(args)
     try:
@@ -73,6 +66,16 @@ async def open_engine(args: Namespace, settings: Settings) -> AsyncIterator[Engi
         refuse_unsupported(vllm_config)
     except (SeamError, UnsupportedModel, ValueError) as error:  # vLLM's own refusals are ValueErrors
         raise EngineStartError(str(error)) from error
+    return engine_args, vllm_config
+
+
+@asynccontextmanager
+async def open_engine(args: Namespace, settings: Settings) -> AsyncIterator[Engine]:
+    """Start vLLM, install the seams, and prove that steering works; yields the `Engine`. Raises EngineStartError."""
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine_args, vllm_config = check_config(args)
     client = AsyncLLM.from_vllm_config(
         vllm_config=vllm_config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -86,6 +89,36 @@ async def open_engine(args: Namespace, settings: Settings) -> AsyncIterator[Engi
         client.shutdown(timeout=vllm_config.shutdown_timeout)
 
 
+def serve_several(args: Namespace, settings: Settings) -> None:
+    """Serve with `--api-server-count` processes on one engine, until SIGINT or SIGTERM. Raises EngineStartError.
+
+    vLLM's launcher does, and its processes get our endpoint as those of a stock `vllm serve` do.
+    """
+    from vllm import envs
+    from vllm.entrypoints.cli.serve import run_multi_api_server
+
+    if envs.VLLM_PLUGINS is not None and PLUGIN not in envs.VLLM_PLUGINS:
+        raise EngineStartError(f"VLLM_PLUGINS leaves out {PLUGIN}: add it, or unset VLLM_PLUGINS")
+    check_config(args)
+    export(settings)
+    try:
+        run_multi_api_server(args)
+    except RuntimeError as error:
+        raise EngineStartError(f"{error}: what it wrote before says why") from error
+    except ValueError as error:  # options that vLLM doesn't take together
+        raise EngineStartError(str(error)) from error
+
+
+def export(settings: Settings) -> None:
+    """Put every setting into the environment, where the processes that vLLM starts read them."""
+    for name, value in settings.model_dump(mode="json").items():
+        variable = f"POLYHELM_{name.upper()}"
+        if value is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = ",".join(value) if isinstance(value, list) else str(value)
+
+
 async def prove(client: AsyncLLM, settings: Settings) -> Engine:
     """Show that steering works in a started engine. Raises EngineStartError when it doesn't."""
     config = client.vllm_config.additional_config[CONFIG_KEY]
@@ -95,7 +128,7 @@ async def prove(client: AsyncLLM, settings: Settings) -> Engine:
     await engine.describe()
     try:
         await probe(engine)
-    except (SeamError, BankTooSmall) as error:
+    except (SeamError, BankTooSmall, BankFull) as error:
         raise EngineStartError(f"the start-up check failed: {error}") from error
     return engine
 

@@ -3,11 +3,15 @@
 The worst bug of this field is fluent, unsteered text under a steered label: a hook that never fires. So every installed
 site must move the output, the op must count exactly the tokens that it should, a forged program must be refused, and
 steered and unsteered requests must not share cache blocks.
+
+Several API processes probe one engine at the same time: receipts and cache blocks are those of one probe. The operands
+are equal, and so shared.
 """
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 
 import numpy as np
 from vllm import SamplingParams
@@ -25,11 +29,12 @@ PROMPT_TOKENS = 3
 
 async def probe(engine: Engine) -> None:
     """Raise SeamError, naming what failed. Sets `engine.prefix_cache`."""
+    own = f"polyhelm-probe-{uuid.uuid4().hex}"
     for point, info in engine.points.items():
         if info["opcodes"]:
-            await _check_sites(engine, point)  # type: ignore[arg-type]
+            await _check_sites(engine, point, own)  # type: ignore[arg-type]
     await _check_admission(engine)
-    await _check_prefix_cache(engine)
+    await _check_prefix_cache(engine, own)
 
 
 def _program(point: Point, layer: int) -> Program:
@@ -58,18 +63,18 @@ def _first(output: RequestOutput) -> tuple[int, float | None]:
     return completion.token_ids[0], completion.cumulative_logprob
 
 
-async def _check_sites(engine: Engine, point: Point) -> None:
-    """One request per layer, all in one batch with an unsteered one."""
+async def _check_sites(engine: Engine, point: Point, own: str) -> None:
+    """One request per layer, all in one batch with an unsteered one. `own` is in the names of this probe only."""
     prompt = list(range(5, 5 + PROMPT_TOKENS))
     await _load(engine, _program(point, 0))
 
     async def steered(layer: int) -> tuple[tuple[int, float | None], Counts]:
-        receipt = f"polyhelm-probe-{point}-{layer}"
-        output = await engine.generate(prompt, _greedy(), _program(point, layer), receipt)
+        receipt = f"{own}-{point}-{layer}"
+        output = await engine.generate(prompt, _greedy(), _program(point, layer), receipt, own)
         return _first(output), await engine.receipt(receipt)
 
     plain, *results = await asyncio.gather(
-        engine.generate(prompt, _greedy()), *(steered(layer) for layer in range(engine.layers))
+        engine.generate(prompt, _greedy(), cache_salt=own), *(steered(layer) for layer in range(engine.layers))
     )
     for layer, (first, counts) in enumerate(results):
         if first == _first(plain):
@@ -88,8 +93,8 @@ async def _check_admission(engine: Engine) -> None:
     raise SeamError("a program that polyhelm didn't make was admitted")
 
 
-async def _check_prefix_cache(engine: Engine) -> None:
-    """Steered and unsteered requests with one prompt must not share blocks, and equal ones must."""
+async def _check_prefix_cache(engine: Engine, own: str) -> None:
+    """Steered and unsteered requests with one prompt and salt must not share blocks, and equal ones must."""
     cache = engine.client.vllm_config.cache_config
     if not cache.enable_prefix_caching:
         engine.prefix_cache = "off"
@@ -100,13 +105,15 @@ async def _check_prefix_cache(engine: Engine) -> None:
         raise SeamError(f"--max-model-len must exceed the cache block size, {block} (or set a smaller --block-size)")
     program = _program("resid_post", 0)
     await _load(engine, program)
-    await engine.generate(prompt, _greedy())
-    cached = [(await engine.generate(prompt, _greedy(), each)).num_cached_tokens for each in (program, program, None)]
-    if cached == [0, block, block]:
+
+    async def cached_tokens(program: Program | None, salt: str) -> int | None:
+        return (await engine.generate(prompt, _greedy(), program, cache_salt=salt)).num_cached_tokens
+
+    cached = [await cached_tokens(each, own) for each in (None, program, program, None)]
+    if cached == [0, 0, block, block]:
         engine.prefix_cache = "tagged"
         return
-    salt = program.fingerprint
-    salted = [(await engine.generate(prompt, _greedy(), program, cache_salt=salt)).num_cached_tokens for _ in range(2)]
+    salted = [await cached_tokens(program, f"{own}-{program.fingerprint}") for _ in range(2)]
     if salted != [0, block]:
         raise SeamError(f"steered requests share cache blocks with others: cached {cached}, with salt {salted}")
     engine.prefix_cache = "cache_salt"

@@ -10,11 +10,15 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
-from server.engine.seams import wrap
+from server.engine.seams import SeamError, wrap
 
 
 def patch() -> None:
-    from vllm import plugins
+    """SeamError where a front end would serve that knows nothing of the endpoint."""
+    from vllm import envs, plugins
+
+    if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
+        raise SeamError("vLLM's Rust front end would ignore the steering field: unset VLLM_USE_RUST_FRONTEND")
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def load_endpoint_plugins(supported_tasks: Any = None) -> Any:

@@ -181,11 +181,11 @@ def test_a_patched_engine_is_never_served_without_the_endpoint(
         ("1", "EngineCore_DP3", True),
         ("1", "VllmWorker-0", True),
         ("1", "Process-1", False),
-        ("1", "ApiServer_0", False),
+        ("1", "ApiServer_0", True),
         ("0", "EngineCore", False),
     ],
 )
-def test_only_engine_processes_die_with_their_parent(
+def test_only_serving_processes_die_with_their_parent(
     monkeypatch: pytest.MonkeyPatch, enabled: str, name: str, dies: bool
 ) -> None:
     tied: list[Any] = []
@@ -197,3 +197,9 @@ def test_only_engine_processes_die_with_their_parent(
     monkeypatch.setattr(sys, "platform", "linux")
     plugin.register()
     assert tied == (["parent"] if dies else [])
+
+
+def test_a_front_end_that_would_ignore_steering_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(SeamError, match="unset VLLM_USE_RUST_FRONTEND"):
+        endpoints.patch()

@@ -1,0 +1,43 @@
+"""What `polyhelm serve --api-server-count N` hands to the processes that vLLM starts."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from server.engine import frontend
+from server.settings import Settings
+
+CHANGED = Settings(
+    model="folder",
+    host="0.0.0.0",
+    port=0,
+    data_dir=Path("some where/data"),
+    demo=True,
+    bank_bytes=8192,
+    bank_wait_seconds=0.5,
+    points=["resid_post", "mlp_out"],
+    map_points=["mlp_out"],
+    prefix_cache="cache_salt",
+    model_match="shape",
+    max_strength=12.5,
+    max_relative_dose=0.25,
+    max_fit_pairs=3,
+)
+
+
+@pytest.mark.parametrize("settings", [Settings(), CHANGED], ids=["defaults", "changed"])
+def test_exported_settings_are_read_back(settings: Settings) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        for name in Settings.model_fields:  # of which it takes back what `export` does, too
+            patched.setenv(f"POLYHELM_{name.upper()}", "left over")
+        frontend.export(settings)
+        assert Settings() == settings
+
+
+def test_a_plugin_list_without_polyhelm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "another,one")
+    with pytest.raises(frontend.EngineStartError, match="VLLM_PLUGINS leaves out polyhelm"):
+        frontend.serve_several(Namespace(), Settings())
