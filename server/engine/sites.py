@@ -22,6 +22,9 @@ from server.engine.routing import Router
 CONFIG_KEY = "polyhelm"
 """Our section of vLLM's `additional_config`; being there, it also salts vLLM's compile cache."""
 
+STACKED = ("altup_num_inputs", "hc_mult")
+"""Names, in a model's configuration, of the number of residual streams that it runs side by side."""
+
 ELEMENTWISE: tuple[Opcode, ...] = ("add", "scale", "set")
 """Opcodes that read and write each number of an activation by itself."""
 
@@ -109,13 +112,14 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> Installation:
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raise UnsupportedModel for the engine settings under which edits would not be exact."""
-    parallel = vllm_config.parallel_config
+    parallel, text = vllm_config.parallel_config, vllm_config.model_config.hf_text_config
     reasons = {
         "speculative decoding": vllm_config.speculative_config is not None,
         "diffusion language models": vllm_config.model_config.is_diffusion,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "microbatching": parallel.use_ubatching,
         "sequence-parallel mixtures of experts": parallel.use_sequence_parallel_moe,
+        "stacked residual streams": any((getattr(text, name, None) or 1) > 1 for name in STACKED),
     }
     if refused := [name for name, present in reasons.items() if present]:
         raise UnsupportedModel(f"polyhelm can't steer with {', '.join(refused)}")
@@ -218,7 +222,11 @@ def _wrap(place: Place, op: Op, works: list[SiteWork | None] | None, site: int) 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
     """The activation as [tokens, width]; models that run on transformers' own code have a batch of one around it."""
-    return x if x.dim() == 2 else x.view(-1, x.shape[-1])  # a view, or an error: a copy would be edited for nothing
+    if x.dim() == 3 and x.shape[0] == 1:
+        return x[0]
+    if x.dim() != 2:
+        raise UnsupportedModel(f"an activation is {x.dim()}-dimensional; need [tokens, width]")
+    return x
 
 
 def split_stream(output: Any) -> tuple[torch.Tensor | None, torch.Tensor]:
