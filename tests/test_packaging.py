@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -19,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 LOCKS = ("cpu", "test", "bench")
 UNWANTED = {"torchvision", "torchaudio", "torchcodec"}
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
 def lock(name: str) -> dict[str, str]:
@@ -84,21 +82,18 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@needs_make
 def test_make_alone_explains_its_targets() -> None:
     done = make()
     assert done.returncode == 0
     assert all(f"make {target}" in done.stdout for target in ("serve", "test", "lint", "setup", "bench-setup", "clean"))
 
 
-@needs_make
 def test_make_without_python_says_what_it_needs() -> None:
     done = make("--dry-run", "setup", "PYTHON=no-such-python")
     assert done.returncode == 2
     assert "'no-such-python' does not run. polyhelm needs Python 3.11 or newer" in done.stderr
 
 
-@needs_make
 def test_make_with_an_old_python_says_what_it_needs(tmp_path: Path) -> None:
     old = tmp_path / "python3"
     old.write_text("#!/bin/sh\necho 3.10 /usr/bin/python3.10\n")

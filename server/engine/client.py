@@ -237,9 +237,7 @@ class Engine:
         """Put a program into one of vLLM's own request models, from where it reaches the sampling parameters."""
         request.vllm_xargs = {**(request.vllm_xargs or {}), PROGRAM: program.wire, RECEIPT: receipt.encode()}
         if self.prefix_cache == "cache_salt":
-            # Without tagged blocks, a salt keeps every block of the request to its program; correct, but shares less.
-            salt = f"{request.cache_salt or ''}\0{program.fingerprint}"
-            request.cache_salt = hashlib.sha256(salt.encode()).hexdigest()
+            request.cache_salt = salted(request.cache_salt, program)
 
     def mark_capture(self, request: Any, spec: CaptureSpec, receipt: str) -> None:
         """Have one of vLLM's own request models leave behind what `captured(receipt)` returns."""
@@ -301,9 +299,7 @@ class Engine:
             detokenize=detokenize,
             extra_args={CAPTURE: spec.wire},
         )
-        salt = None
-        if program is not None and self.prefix_cache == "cache_salt":
-            salt = hashlib.sha256(f"\0{program.fingerprint}".encode()).hexdigest()  # the same as in `mark`
+        salt = salted(None, program) if program is not None and self.prefix_cache == "cache_salt" else None
         try:
             output = await self.generate(token_ids, params, program, receipt, salt)
             (choice,) = output.outputs
@@ -350,6 +346,13 @@ class Engine:
         if not found:
             raise RuntimeError(f"nothing was captured for {receipt}")
         return found
+
+
+def salted(salt: str | None, program: Program) -> str:
+    """A cache salt that keeps every block of a request to its program, beside the user's own salt: for engines that
+    can't tag blocks. Correct, but shares less.
+    """
+    return hashlib.sha256(f"{salt or ''}\0{program.fingerprint}".encode()).hexdigest()
 
 
 def merged(answers: Sequence[Sequence[Mapping[str, Any] | None]]) -> Counts | None:

@@ -85,8 +85,11 @@ def prepare(segments: Sequence[Segment], state: State) -> SiteWork:
     """Lay out one site's work so that the op itself does little in Python on a decode step."""
     singles = [segment for segment in segments if segment.end - segment.start == 1]
     batches = [_batch([segment], state) for segment in segments if segment.end - segment.start > 1]
-    affine = [segment for segment in singles if all(_is_affine(bound) for bound in segment.edits)]
-    for part in (affine, [segment for segment in singles if segment not in affine]):
+    affine: list[Segment] = []
+    others: list[Segment] = []
+    for segment in singles:
+        (affine if _is_affine(segment) else others).append(segment)
+    for part in (affine, others):
         if part:
             # Rows with the same opcodes side by side, so that a stage reads and writes a slice of them.
             part.sort(key=lambda segment: [str(stage_key(bound)) for bound in segment.edits])
@@ -100,8 +103,8 @@ def prepare(segments: Sequence[Segment], state: State) -> SiteWork:
     return SiteWork(tuple(batches), np.array(list(counts), np.int64), np.array(list(counts.values()), np.int64))
 
 
-def _is_affine(bound: BoundEdit) -> bool:
-    return bound.edit.opcode in ("add", "scale") and bound.scope is None
+def _is_affine(segment: Segment) -> bool:
+    return all(bound.edit.opcode in ("add", "scale") and bound.scope is None for bound in segment.edits)
 
 
 def _batch(segments: list[Segment], state: State) -> Batch:
@@ -121,8 +124,7 @@ def _batch(segments: list[Segment], state: State) -> Batch:
         for members in groups.values():
             whole = len(members) == len(segments)
             stages.append(make_stage(members, whole, state.layers, state.bank.device))
-    affine = all(_is_affine(bound) for segment in segments for bound in segment.edits)
-    return Batch(rows, tokens, len(segments), tuple(stages), affine)
+    return Batch(rows, tokens, len(segments), tuple(stages), all(map(_is_affine, segments)))
 
 
 def apply(
@@ -148,7 +150,8 @@ def _apply_affine(
     factor, shift = affine
     target = _take(residual, batch.rows)
     if factor is None:
-        target.add_(shift if shift is not None else 0)
+        assert shift is not None
+        target.add_(shift)
     elif hidden is not None:
         x = target.to(torch.float32, copy=True).add_(_take(hidden, batch.rows))
         delta = x * (factor - 1)
@@ -238,8 +241,7 @@ def _decide(stage: Stage, batch: Batch, is_open: torch.Tensor, opened: torch.Ten
     elif batch.operand_rows == 1:
         opened[:, stage.indices[0]] = is_open
     else:
-        positions = _rows(stage, batch)
-        opened[positions, stage.indices] = is_open
+        opened[_rows(stage, batch), stage.indices] = is_open
 
 
 def _passes(stage: Stage, batch: Batch, rows: int, opened: torch.Tensor | None, state: State) -> torch.Tensor:
@@ -251,8 +253,7 @@ def _passes(stage: Stage, batch: Batch, rows: int, opened: torch.Tensor | None, 
         return torch.zeros(rows, dtype=torch.bool)
     if batch.operand_rows == 1:
         return opened[:, stage.gates[0]]
-    positions = _rows(stage, batch)
-    return opened[positions, stage.gates]
+    return opened[_rows(stage, batch), stage.gates]
 
 
 def _count_passed(stage: Stage, site: int, passes: torch.Tensor, state: State) -> None:

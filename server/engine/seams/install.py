@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from server.engine.seams import wrap
+import torch
+
+from server.engine.seams import log, wrap
 
 
 def patch() -> None:
@@ -20,6 +22,8 @@ def patch() -> None:
                 from server.engine.sites import install
 
                 model.polyhelm = install(model, vllm_config)
+                if vllm_config.compilation_config.mode == 0 and vllm_config.device_config.device_type == "cpu":
+                    do_without_compiler()
                 (runner_v2 if vllm_config.use_v2_model_runner else runner_v1).patch()
                 worker_rpc.patch()
             return model
@@ -27,3 +31,17 @@ def patch() -> None:
         return load_model
 
     wrap(BaseModelLoader, "load_model", ("self", "vllm_config", "model_config"), make)
+
+
+def do_without_compiler() -> None:
+    """Let an eager engine run where no C++ compiler is installed: vLLM compiles helpers of its sampler even then, and a
+    request for log-probabilities would end the engine.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        log.info("no C++ compiler: vLLM's helpers run uncompiled")
+        torch.compiler.set_stance("force_eager")

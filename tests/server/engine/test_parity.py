@@ -6,6 +6,7 @@ Every opcode at every point and span, in one batch, then random programs that mi
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def test_the_demo_model_equals_transformers(smollm2: Path, tmp_path: Path) -> No
     check(model, smollm2, tmp_path, random_programs=0, points=("resid_post",))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: apt-get install g++")
 def test_compiled_code_equals_transformers(tmp_path: Path) -> None:
     """The registered op under torch.compile; every point is asked for, since compiled code has only one by default."""
     torch.manual_seed(0)

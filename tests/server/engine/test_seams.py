@@ -8,11 +8,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from server.engine import plugin
 from server.engine.edits import Edit, Program
 from server.engine.routing import BatchView
-from server.engine.seams import PROGRAM, SeamError, endpoints, engine_config, requests, runner_v2, wrap
+from server.engine.seams import PROGRAM, SeamError, endpoints, engine_config, install, requests, runner_v2, wrap
 
 STEERED = {PROGRAM: Program((Edit("add", "v", (0,), 1.0),)).wire}
 
@@ -203,3 +206,18 @@ def test_a_front_end_that_would_ignore_steering_is_refused(monkeypatch: pytest.M
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(SeamError, match="unset VLLM_USE_RUST_FRONTEND"):
         endpoints.patch()
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_helpers_run_uncompiled_only_without_a_compiler(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
+    stances: list[str] = []
+
+    def get_cpp_compiler() -> str:
+        if not found:
+            raise InvalidCxxCompiler
+        return "g++"
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", get_cpp_compiler)
+    monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
+    install.do_without_compiler()
+    assert stances == ([] if found else ["force_eager"])
