@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from environment import describe, environment
+from spread import spread
 
 from server.engine.edits import Condition, Edit, Function, Program
 from server.engine.operands import Operand, pack
@@ -302,11 +302,6 @@ def timed(call: Any, runs: int = 2000) -> dict[str, float]:
         call()
         times.append((time.perf_counter() - start_time) * 1e3)
     return spread(times)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    first, median, third = statistics.quantiles(values, n=4) if len(values) > 1 else (values * 3)
-    return {"median": median, "quartile_1": first, "quartile_3": third, "runs": len(values)}
 
 
 def page(results: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ import triton
 from decoder_stack import LLAMA_3_8B, TOY, Shape, Stack
 from environment import environment
 from kernel_check import check_kernels
+from spread import spread
 
 from server.engine.banks import Bank, Resident
 from server.engine.edits import POINTS, Edit, Program
@@ -258,11 +259,6 @@ def timed(call: Callable[[], Any], runs: int) -> dict[str, float]:
         call()
         times.append((time.perf_counter() - start_time) * 1e3)
     return spread(times)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    first, median, third = statistics.quantiles(values, n=4) if len(values) > 1 else (values * 3)
-    return {"median": median, "quartile_1": first, "quartile_3": third, "runs": len(values)}
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
