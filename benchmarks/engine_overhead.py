@@ -25,7 +25,7 @@ import numpy as np
 from environment import describe, environment
 from spread import spread
 
-from server.engine.edits import Condition, Edit, Function, Program
+from server.engine.edits import POINTS, Condition, Edit, Function, Program
 from server.engine.operands import Operand, pack
 from server.engine.spans import Span
 from server.models import model_identity, resolve_model
@@ -246,6 +246,7 @@ def admission(model: str) -> dict[str, Any]:
     from server.api.steering import Steerer
     from server.engine.banks import Bank
     from server.engine.edits import OPCODES
+    from server.engine.ops.tables import Tables
     from server.engine.routing import BatchView, Router
     from steering_store import Store
 
@@ -280,7 +281,8 @@ def admission(model: str) -> dict[str, Any]:
     bank = Bank(len(operand.data))
     bank.write(0, operand.data.tobytes())
     bank.bind(program.operands[0], 0, HIDDEN, operand.pieces)
-    router = Router(bank, LAYERS, max_requests=32, max_edits=16)
+    widths = dict.fromkeys(EVERY_LAYER, HIDDEN)
+    router = Router(Tables(bank, len(POINTS) * LAYERS, widths, max_rows=32, max_tokens=64), LAYERS)
     for index in range(REQUESTS - 1):
         router.admit(f"r{index}", program, f"r{index}", None, 8)
     ids = [f"r{index}" for index in range(REQUESTS)]

@@ -37,12 +37,19 @@ class Resident:
             starts[role][layer] = start
         return starts
 
-    def rank(self, layer: int) -> int:
-        """Rows of `encoder` or `right` at a layer."""
-        for role in ("encoder", "right"):
-            if (layer, role) in self.pieces:
-                return self.pieces[layer, role][1][0]
-        raise KeyError(f"layer {layer} has no rows")
+    @cached_property
+    def ranks(self) -> npt.NDArray[np.int64]:
+        """Rows of `encoder`, `right` or `matrix` [highest layer + 1]; 0 at layers that have none."""
+        ranks = np.zeros(max(self.layers) + 1, np.int64)
+        for (layer, role), (_, shape) in self.pieces.items():
+            if role in ("encoder", "right", "matrix"):
+                ranks[layer] = shape[0]
+        return ranks
+
+    @cached_property
+    def first(self) -> int:
+        """Where the operand begins in the bank: tells one from another."""
+        return min(start for start, _ in self.pieces.values())
 
 
 class Bank:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 
-from server.engine.banks import Bank
+from server.engine.banks import Bank, Resident
 from server.engine.capture import Capture, CaptureSlice
-from server.engine.edits import POINTS, Point, Program, site_index
-from server.engine.ops.apply import OPEN, UNDECIDED, Segment, SiteWork, State, prepare
-from server.engine.ops.stages import BoundEdit
-from server.engine.ops.tables import Tables
+from server.engine.edits import POINTS, Edit, Point, Program, site_index
+from server.engine.ops.tables import Kept, Tables
 from server.engine.spans import Interval, clip
 
 T = TypeVar("T")
@@ -52,12 +49,17 @@ class _Row:
     """A steered or captured request that the engine knows."""
 
     serial: int
-    index: int
-    edits: tuple[tuple[BoundEdit, frozenset[int]], ...]
-    """Each edit and the sites at which it acts."""
+    program: Program | None
+    residents: tuple[Resident | None, ...]
+    sites: tuple[frozenset[int], ...]
+    """Where each edit acts."""
     intervals: tuple[tuple[Interval, ...], ...]
     receipt: str | None
     capture: Capture | None
+    seat: int | None = None
+    """Its row of the tables, while it has one."""
+    kept: Kept | None = None
+    """What was in that row when it had to be given to another request."""
     counted: int | None = None
     """Positions below this were counted; a preempted request runs them again. None before the first step."""
     cached: list[int] = field(default_factory=list)
@@ -76,28 +78,22 @@ class _Piece:
 
 @dataclass
 class Router:
-    """Knows the running programs; `works[site]` is None where a step has nothing to do.
+    """Knows the running programs, and lays out each step in the tables.
 
-    With `tables`, programs and steps are laid out there, for the kernels, and a `SiteWork` holds no more than captures.
+    `works[site]` is None where a step has nothing to do, else what is to be captured there.
     """
 
-    bank: Bank
+    tables: Tables
     layers: int
-    max_requests: int
-    max_edits: int
-    tables: Tables | None = None
-    works: list[SiteWork | None] = field(init=False)
-    state: State = field(init=False)
+    works: list[list[CaptureSlice] | None] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.bank: Bank = self.tables.bank
         self.sites = len(POINTS) * self.layers
         self.works = [None] * self.sites
-        touched = np.zeros((self.sites, self.max_requests * self.max_edits), np.int64)
-        decisions = torch.zeros(self.max_requests, self.max_edits, dtype=torch.int8, device=self.bank.device)
-        self.state = State(self.bank, self.layers, self.max_edits, touched, decisions)
         self._rows: dict[str, _Row] = {}
         self._serials = count()
-        self._free = list(range(self.max_requests - 1, -1, -1))
+        self._free = list(range(self.tables.max_rows, 0, -1))
         self._receipts: OrderedDict[str, Counts] = OrderedDict()
         self._captures: OrderedDict[str, Capture] = OrderedDict()
         self._layout: object = None
@@ -106,25 +102,26 @@ class Router:
         self, request_id: str, program: Program | None, receipt: str | None, capture: Capture | None, prompt_len: int
     ) -> None:
         """Remember a request. RuntimeError when an operand isn't resident: it must never run unsteered."""
-        bound = tuple(self._bind(program, index) for index in range(len(program.edits))) if program is not None else ()
-        intervals = program.intervals(prompt_len) if program is not None else ()
-        if not self._free:
-            self._grow()
-        row = _Row(next(self._serials), self._free.pop(), bound, intervals, receipt, capture)
-        if self.tables is not None and program is not None:
-            self.tables.set_row(row.index + 1, program, [each.resident for each, _ in bound], self.layers)
-        self._rows[request_id] = row
+        edits = program.edits if program is not None else ()
+        self._rows[request_id] = _Row(
+            next(self._serials),
+            program,
+            tuple(self._resident(edit) for edit in edits),
+            tuple(frozenset(_sites(edit.point, edit.layers, self.layers)) for edit in edits),
+            program.intervals(prompt_len) if program is not None else (),
+            receipt,
+            capture,
+        )
         if capture is not None and receipt is not None:
             _keep(self._captures, receipt, capture)
 
-    def _bind(self, program: Program, index: int) -> tuple[BoundEdit, frozenset[int]]:
-        edit = program.edits[index]
-        resident = None if edit.operand is None else self.bank.resident(edit.operand)
-        if resident is not None and (missing := set(edit.layers) - resident.layers):
+    def _resident(self, edit: Edit) -> Resident | None:
+        if edit.operand is None:
+            return None
+        resident = self.bank.resident(edit.operand)
+        if missing := set(edit.layers) - resident.layers:
             raise RuntimeError(f"bank has no layers {sorted(missing)} of {edit.operand!r}")
-        gate = None if edit.gate is None else program.edits[edit.gate].condition
-        sites = frozenset(_sites(edit.point, edit.layers, self.layers))
-        return BoundEdit(index, edit, resident, None if gate is None else gate.scope), sites
+        return resident
 
     def release(self, request_id: str) -> None:
         """Forget a finished or aborted request, keeping its counts until they are collected."""
@@ -133,11 +130,9 @@ class Router:
             return
         if row.receipt is not None:
             _keep(self._receipts, row.receipt, _sum(self._receipts.get(row.receipt), self._counts(row)))
-        self._touched(row)[:] = 0
-        self.state.decisions[row.index] = UNDECIDED
-        if self.tables is not None:
-            self.tables.clear_row(row.index + 1)
-        self._free.append(row.index)
+        if row.seat is not None:
+            self.tables.clear_row(row.seat)
+            self._free.append(row.seat)
 
     def receipt(self, receipt: str) -> Counts | None:
         """Counts so far, over all requests (n > 1, several prompts) that carry this receipt; None if none ran.
@@ -154,41 +149,34 @@ class Router:
     def captured(self, receipt: str) -> Capture | None:
         return self._captures.pop(receipt, None)
 
-    def _touched(self, row: _Row) -> np.ndarray:
-        if self.tables is not None:
-            return self.tables.counts(row.index + 1)
-        return self.state.touched[:, row.index * self.max_edits : row.index * self.max_edits + len(row.edits)]
-
     def _counts(self, row: _Row) -> Counts:
-        touched = self._touched(row)
-        by_edit = [
-            touched[_sites(bound.edit.point, bound.edit.layers, self.layers), bound.index] for bound, _ in row.edits
+        edits = row.program.edits if row.program is not None else ()
+        counts = None
+        if row.seat is not None:
+            counts = self.tables.counts(row.seat)
+        elif row.kept is not None:
+            counts = row.kept.counts
+        touched = [
+            np.zeros(len(edit.layers), np.int32)
+            if counts is None
+            else counts[_sites(edit.point, edit.layers, self.layers), index]
+            for index, edit in enumerate(edits)
         ]
-        return Counts(by_edit, np.array(row.cached or [0] * len(row.edits)))
-
-    def _grow(self) -> None:
-        """Preempted requests stay known while others start, so there can be more than run at once."""
-        if self.tables is not None:
-            raise RuntimeError(f"more than {self.max_requests} steered requests are running or preempted")
-        state = self.state
-        rows = len(state.decisions)
-        state.touched = np.pad(state.touched, ((0, 0), (0, rows * self.max_edits)))
-        state.decisions = torch.cat([state.decisions, torch.zeros_like(state.decisions)])
-        self._free = list(range(2 * rows - 1, rows - 1, -1))
+        return Counts(touched, np.array(row.cached or [0] * len(edits)))
 
     def clear(self) -> None:
         """Nothing to do at any site: a dummy batch, or one without steered requests."""
         if self._layout is not None:
             self.works[:] = [None] * self.sites
             self._layout = None
-            if self.tables is not None:
-                self.tables.idle()
+            self.tables.idle()
 
     def route(self, view: BatchView) -> None:
         """Lay out the step. Rebuilds nothing when the batch is laid out as in the step before, as in steady decode."""
         if not self._rows:
             self.clear()
             return
+        self._seat(view.request_ids)
         pieces: list[_Piece] = []
         captures: list[CaptureSlice] = []
         start = 0
@@ -208,53 +196,38 @@ class Router:
             return
         layout = tuple((piece.row.serial, piece.start, piece.end, piece.fresh, piece.active) for piece in pieces)
         if captures or layout != self._layout:
-            if self.tables is not None:
-                _stage(self.tables, pieces, start)
+            _stage(self.tables, pieces, start)
             self._build(pieces, captures)
             self._layout = () if captures else layout
 
+    def _seat(self, request_ids: Sequence[str]) -> None:
+        """Give each steered request of the step a row of the tables: a free one, or that of a request that is preempted
+        and finds what it had decided and counted when it runs again.
+        """
+        for request_id in request_ids:
+            row = self._rows.get(request_id)
+            if row is None or row.program is None or row.seat is not None:
+                continue
+            if not self._free:
+                running = set(request_ids)
+                away = next((r for i, r in self._rows.items() if r.seat is not None and i not in running), None)
+                if away is None:
+                    raise RuntimeError(f"a step of more than {self.tables.max_rows} steered requests")
+                assert away.seat is not None
+                away.kept = self.tables.keep(away.seat)
+                self._free.append(away.seat)
+                away.seat = None
+            self.tables.set_row(self._free[-1], row.program, row.residents, self.layers, row.kept)
+            row.seat, row.kept = self._free.pop(), None
+
     def _build(self, pieces: list[_Piece], captures: list[CaptureSlice]) -> None:
-        for sites in self._alike(pieces):
-            site = next(iter(sites))
-            active = [tuple(m for m in piece.active if site in piece.row.edits[m][1]) for piece in pieces]
-            work = self._work(pieces, active)
-            for site in sites:
-                self.works[site] = work
+        acting = frozenset().union(*{piece.row.sites[m] for piece in pieces for m in piece.active})
+        self.works[:] = [[] if site in acting else None for site in range(self.sites)]
         for capture in captures:
             work = self.works[capture.site]
-            if work is None or not work.captures:
-                # A work is shared by sites that do the same; captures are per site, so give this site its own.
-                base = work or prepare((), self.state)
-                work = SiteWork(base.batches, base.count_index, base.count_value)
-                self.works[capture.site] = work
-            work.captures.append(capture)
-
-    def _alike(self, pieces: list[_Piece]) -> list[frozenset[int]]:
-        """Groups of sites at which the same edits act; few, as programs mostly share a few sets of layers."""
-        groups = [frozenset(range(self.sites))]
-        for layers in {piece.row.edits[m][1] for piece in pieces for m in piece.active}:
-            groups = [part for group in groups for part in (group & layers, group - layers) if part]
-        return groups
-
-    def _work(self, pieces: list[_Piece], active: list[tuple[int, ...]]) -> SiteWork | None:
-        segments = []
-        for piece, edits in zip(pieces, active, strict=True):
-            bound = tuple(each for m in edits if (each := self._decided(piece.row, m)) is not None)
-            if bound:
-                segments.append(Segment(piece.start, piece.end, piece.fresh, piece.row.index, bound))
-        if not segments:
-            return None
-        return prepare(segments if self.tables is None else (), self.state)
-
-    def _decided(self, row: _Row, index: int) -> BoundEdit | None:
-        """An edit as it acts in this step; behind a gate that has decided for the sequence it is free, or gone."""
-        bound = row.edits[index][0]
-        if bound.scope != "sequence" or self.tables is not None:
-            return bound
-        decision = int(self.state.decisions[row.index, bound.edit.gate])
-        if decision == UNDECIDED:
-            return bound
-        return replace(bound, scope=None) if decision == OPEN else None
+            if work is None:
+                work = self.works[capture.site] = []
+            work.append(capture)
 
 
 @lru_cache(maxsize=1024)
@@ -267,7 +240,8 @@ def _stage(tables: Tables, pieces: list[_Piece], tokens: int) -> None:
     """Tell the kernels which row and which edits each token of the step has."""
     rows, bits, fresh = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), np.zeros(tokens, np.bool_)
     for piece in pieces:
-        rows[piece.start : piece.end] = piece.row.index + 1
+        assert piece.row.seat is not None
+        rows[piece.start : piece.end] = piece.row.seat
         bits[piece.start : piece.end] = sum(1 << edit for edit in piece.active)
         fresh[piece.end - piece.fresh : piece.end] = True
     tables.stage(rows, bits, fresh)

@@ -12,10 +12,11 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from server.engine.banks import Bank
+from server.engine.capture import CaptureSlice
 from server.engine.edits import OPCODES, POINTS, Opcode, Point, site_index
 from server.engine.ops import register
-from server.engine.ops.apply import SiteWork, apply
-from server.engine.ops.tables import Tables
+from server.engine.ops.cpu_kernel import CpuKernel
+from server.engine.ops.tables import ELEMENTWISE, WIDEST, Tables
 from server.engine.points import Place, UnsupportedModel, decoder_layers, places
 from server.engine.routing import Router
 
@@ -24,9 +25,6 @@ CONFIG_KEY = "polyhelm"
 
 STACKED = ("altup_num_inputs", "hc_mult")
 """Names, in a model's configuration, of the number of residual streams that it runs side by side."""
-
-ELEMENTWISE: tuple[Opcode, ...] = ("add", "scale", "set")
-"""Opcodes that read and write each number of an activation by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +72,21 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> Installation:
     layers = decoder_layers(model, count)
     points = _points(layers, wanted, hidden_size, bool(config.get("points")))
     bank = Bank(config["bank_bytes"] // 4, device)
-    requests, tokens = vllm_config.scheduler_config.max_num_seqs, vllm_config.scheduler_config.max_num_batched_tokens
-    tables = None
-    if device.type != "cpu" or config.get("op") == "triton":
-        # Preempted requests keep their rows, so there can be more of them than run at once.
-        requests *= 2
-        widths = {point: info.width // info.shards for point, info in points.items() if info.opcodes}
-        mapped = config.get("map_points") or (() if compiled or graphs else wanted)
-        tables = Tables(
-            bank,
-            len(POINTS) * count,
-            {site_index(point, layer, count): width for point, width in widths.items() for layer in range(count)},
-            max_rows=requests,
-            max_tokens=tokens,
-            max_edits=config["max_edits"],
-            map_sites=frozenset(site_index(point, n, count) for point in widths for n in layers if point in mapped),
-        )
-    router = Router(bank, count, max_requests=requests, max_edits=config["max_edits"], tables=tables)
-    executor = TorchExecutor(router) if tables is None else TritonExecutor(router, tables)
+    is_triton = device.type != "cpu" or config.get("op") == "triton"
+    widths = {point: info.width // info.shards for point, info in points.items() if info.opcodes}
+    # The map kernels are launched at all sites of a graph, used or not: there they have to be asked for.
+    mapped = config.get("map_points") or (() if is_triton and (compiled or graphs) else wanted)
+    tables = Tables(
+        bank,
+        len(POINTS) * count,
+        {site_index(point, layer, count): width for point, width in widths.items() for layer in range(count)},
+        max_rows=vllm_config.scheduler_config.max_num_seqs,
+        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        max_edits=config["max_edits"],
+        map_sites=frozenset(site_index(point, n, count) for point in widths for n in layers if point in mapped),
+    )
+    router = Router(tables, count)
+    executor = TritonExecutor(router) if is_triton else CpuExecutor(router, model_config.dtype)
     register.use(executor.traced)
     for number, layer in layers.items():
         found, _ = places(layer, hidden_size)
@@ -105,7 +100,7 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> Installation:
             else:
                 _wrap(found[point], functools.partial(executor.eager, site, where), router.works, site)
     captures = None
-    if graphs or (compiled and tables is not None):
+    if graphs or (compiled and is_triton):
         captures = "activations can't be captured in compiled code on a GPU: start with --enforce-eager"
     return Installation(bank, router, count, hidden_size, points, captures)
 
@@ -143,8 +138,12 @@ def _points(
             points[point] = PointInfo(0, (), reason=reason)
         else:
             ((width, shards),) = sizes
-            opcodes = OPCODES if shards == 1 else ELEMENTWISE
-            reason = None if shards == 1 else f"opcodes that read a whole activation: it is split over {shards} ranks"
+            reason = None
+            if shards > 1:
+                reason = f"opcodes that read a whole activation: it is split over {shards} ranks"
+            elif width > WIDEST:
+                reason = f"opcodes that read a whole activation: it is {width} wide, over {WIDEST}"
+            opcodes = OPCODES if reason is None else tuple(each for each in OPCODES if each in ELEMENTWISE)
             points[point] = PointInfo(width, opcodes, shards, reason)
     return points
 
@@ -152,19 +151,23 @@ def _points(
 Op = Callable[[torch.Tensor, torch.Tensor | None], None]
 
 
-@dataclass(frozen=True, slots=True)
-class TorchExecutor:
-    """Runs the step's work at a site on a CPU."""
+class CpuExecutor:
+    """Runs the step's work at a site on a CPU, by the kernel compiled for activations of `dtype`."""
 
-    router: Router
+    def __init__(self, router: Router, dtype: torch.dtype) -> None:
+        self._router = router
+        self._kernel = CpuKernel(router.tables)
+        self._kernel.compile(dtype)
 
     def eager(self, site: int, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None) -> None:
-        work = self.router.works[site]
-        if work is not None:
-            apply(site, site % self.router.layers, work, self.router.state, addend, stream)
+        self._kernel.launch(site, stream, addend)
+        for capture in self._router.works[site] or ():
+            capture.add(addend, stream)
 
     def traced(self, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None) -> None:
-        self.eager(int(where), where, stream, addend)
+        site = int(where)
+        if self._router.works[site] is not None:
+            self.eager(site, where, stream, addend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,22 +175,20 @@ class TritonExecutor:
     """Launches the kernels at a site. Captures, which the kernels don't do, follow in eager mode."""
 
     router: Router
-    tables: Tables
 
     def eager(self, site: int, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None) -> None:
-        self.launch(where, stream, addend, site in self.tables.map_sites)
-        work = self.router.works[site]
-        for capture in work.captures if work is not None else ():
+        self.launch(where, stream, addend, site in self.router.tables.map_sites)
+        for capture in self.router.works[site] or ():
             capture.add(addend, stream)
 
     def traced(self, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None) -> None:
         # The site's number is on the device, and this runs only while a graph is captured: all sites are treated alike.
-        self.launch(where, stream, addend, bool(self.tables.map_sites))
+        self.launch(where, stream, addend, bool(self.router.tables.map_sites))
 
     def launch(self, where: torch.Tensor, stream: torch.Tensor, addend: torch.Tensor | None, maps: bool) -> None:
         from server.engine.ops import kernel
 
-        kernel.launch(self.tables, where, stream, addend, maps=maps)
+        kernel.launch(self.router.tables, where, stream, addend, maps=maps)
 
 
 def _traced(where: torch.Tensor) -> Op:
@@ -199,7 +200,7 @@ def _traced(where: torch.Tensor) -> Op:
     return op
 
 
-def _wrap(place: Place, op: Op, works: list[SiteWork | None] | None, site: int) -> None:
+def _wrap(place: Place, op: Op, works: list[list[CaptureSlice] | None] | None, site: int) -> None:
     """Call `op` on the activation of every step, or, given `works`, of those steps that have work at the site: then one
     branch is all that an idle site costs.
     """

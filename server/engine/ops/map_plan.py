@@ -43,10 +43,20 @@ class MapPlan:
         self._bits[row] = np.bitwise_or.reduce(1 << self._edit[row][self._edit[row] >= 0], initial=0)
         for index, resident in enumerate(residents):
             if resident is not None:
-                self._matrix[row, index] = min(start for start, _ in resident.pieces.values())
+                self._matrix[row, index] = resident.first
 
     def clear_row(self, row: int) -> None:
         self._edit[row], self._bits[row] = -1, 0
+
+    def tiles(self, site: int) -> list[Int32]:
+        """The tokens of each tile of the step at a site, read back from `data`: for a CPU, where that is free."""
+        start = int(self.data[site])
+        if start == 0:
+            return []
+        plan: Int32 = self.data[start:].numpy()
+        count = plan[0]
+        listed = plan[1 + 2 * count :]
+        return [listed[a : a + n] for a, n in zip(plan[1 : 1 + count], plan[1 + count : 1 + 2 * count], strict=True)]
 
     def lay_out(self, tokens: Int32) -> Int32 | None:
         """Give slots to the tokens that a map may act on, in the last column of `tokens` [T, TOKEN_FIELDS].

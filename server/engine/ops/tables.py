@@ -8,6 +8,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ SITE_FIELDS = 4
 map kernels compute or -1, and the `set` just before it or -1.
 """
 POINTERS = 5
-"""Of a row's edit at a site: where its tensors start in the bank (see `_pointers`), and how many rows they have."""
+"""Of a row's edit at a site: where its tensors start in the bank (see `READS`), and how many coefficients it has."""
 
 ACTIVATIONS = ("identity", "relu", "jumprelu")
 CLAMPS = 4
@@ -50,6 +51,15 @@ WIDEST = 16384
 ELEMENTWISE: frozenset[Opcode] = frozenset({"add", "scale", "set"})
 
 
+class Kept(NamedTuple):
+    """What a request's row holds that its program doesn't say: `Tables.decisions` [edits] and `counters` [sites, edits]
+    of the row.
+    """
+
+    decisions: npt.NDArray[np.int8]
+    counts: Int32
+
+
 class Tables:
     """Device buffers for rows 1 to `max_rows`, one per running request; row 0 stands for "no program".
 
@@ -57,8 +67,6 @@ class Tables:
     sharded; sites are numbered by `site_index` below `sites`. At the sites in `map_sites`, `map` edits of many tokens
     are computed together by kernels of their own, for up to `max_mapped` tokens a step and factors up to rank
     `max_map_rank`; the edit kernel computes all others itself, token by token.
-
-    A request keeps its row while it is preempted: the decisions of its gates live there.
     """
 
     def __init__(
@@ -100,11 +108,22 @@ class Tables:
         """W x of the tokens that the map kernels compute."""
         self.projected = zeros(max(self.max_mapped, 1), max_map_rank if map_sites else 1, dtype=torch.float32)
         """right x of those with factors."""
-        self._staged = np.zeros((0, TOKEN_FIELDS), np.int32)
+        self.staged: Int32 = np.zeros((0, TOKEN_FIELDS), np.int32)
+        """The step's part of `tokens`, on the host."""
+        self.steered: Int64 = np.zeros(0, np.int64)
+        """Tokens of the step that an edit covers."""
         self._changed = True
 
-    def set_row(self, row: int, program: Program, residents: Sequence[Resident | None], layers: int) -> None:
-        """Make `row` run `program`, with nothing decided and nothing counted. `residents` has one entry per edit.
+    def set_row(
+        self,
+        row: int,
+        program: Program,
+        residents: Sequence[Resident | None],
+        layers: int,
+        kept: Kept | None = None,
+    ) -> None:
+        """Make `row` run `program`, with nothing decided and nothing counted but what was `kept` of a row that it had
+        before. `residents` has one entry per edit.
 
         ValueError, before anything is written, where the program exceeds a limit, an operand has nothing for a layer,
         or an edit needs more of the activation than this rank has.
@@ -114,29 +133,34 @@ class Tables:
             raise ValueError(f"a program of {len(program.edits)} edits is over the limit of {self.max_edits}")
         edits = np.zeros((self.max_edits, EDIT_FIELDS), np.int32)
         bounds = np.zeros((2, self.max_bounds), np.float32)
-        used = 0
-        for index, edit in enumerate(program.edits):
-            used += self._describe(edit, edits[index], bounds, used)
         pointers = np.zeros((self.sites, self.max_edits, POINTERS), np.int64)
-        acting: dict[int, list[int]] = {}
-        for index, (edit, resident) in enumerate(zip(program.edits, residents, strict=True)):
-            for layer in edit.layers:
-                site = site_index(edit.point, layer, layers)
-                self._check_site(edit, site, resident)
-                acting.setdefault(site, []).append(index)
-                if resident is not None:
-                    pointers[site, index] = _pointers(edit, resident, layer)
         sites = np.zeros((self.sites, SITE_FIELDS), np.int32)
         sites[:, 2:] = -1
-        for site, indices in acting.items():
-            sites[site] = self._describe_site(program, indices, site, pointers[site])
+        used = 0
+        for index, (edit, resident) in enumerate(zip(program.edits, residents, strict=True)):
+            used += self._describe(edit, edits[index], bounds, used)
+            chosen = np.array(edit.layers)
+            acting = site_index(edit.point, 0, layers) + chosen
+            self._check_sites(edit, acting, resident)
+            sites[acting, 0] |= 1 << index
+            if edit.opcode not in ELEMENTWISE:
+                sites[acting, 1] |= 1 << index
+            if resident is not None:
+                pointers[acting, index] = _pointers(edit, resident, chosen)
+        if any(edit.opcode == "map" for edit in program.edits):
+            self._plan_maps(program, sites, pointers)
         record = np.concatenate([edits.reshape(-1), sites.reshape(-1), bounds.view(np.int32).reshape(-1)])
         self._copy(self.rows[row], record)
         self._copy(self.pointers[row], pointers)
-        self.decisions[row].zero_()
-        self.counters[row].zero_()
+        self._copy(self.decisions[row], np.zeros(self.max_edits, np.int8) if kept is None else kept.decisions)
+        self._copy(self.counters[row], np.zeros(pointers.shape[:2], np.int32) if kept is None else kept.counts)
         self.plan.set_row(row, sites[:, 2], residents)
         self._changed = True
+
+    def keep(self, row: int) -> Kept:
+        """What `row` has decided and counted. Waits for the device."""
+        self._check_row(row)
+        return Kept(self.decisions[row].cpu().numpy().copy(), self.counters[row].cpu().numpy().copy())
 
     def clear_row(self, row: int) -> None:
         """Make `row` do nothing, even where tokens still name it."""
@@ -153,18 +177,19 @@ class Tables:
             raise ValueError(f"a step of {len(token_rows)} tokens is over the limit of {self.max_tokens}")
         tokens = np.empty((len(token_rows), TOKEN_FIELDS), np.int32)
         tokens[:, 0], tokens[:, 1], tokens[:, 2], tokens[:, 3] = token_rows, token_bits, fresh, -1
-        if not self._changed and np.array_equal(tokens[:, :3], self._staged[:, :3]):
+        if not self._changed and np.array_equal(tokens[:, :3], self.staged[:, :3]):
             return
         if len(tokens) and not 0 <= token_rows.min() <= token_rows.max() <= self.max_rows:
             raise ValueError(f"token rows {token_rows.min()} to {token_rows.max()} are outside 0 to {self.max_rows}")
         plan = self.plan.lay_out(tokens)
         if plan is not None:
             self._copy(self.plan.data[: len(plan)], plan)
-        extent = max(len(tokens), len(self._staged))
+        extent = max(len(tokens), len(self.staged))
         padded = np.zeros((extent, TOKEN_FIELDS), np.int32)
         padded[: len(tokens)] = tokens
         self._copy(self.tokens[:extent], padded)
-        self._staged, self._changed = tokens, False
+        self.staged, self._changed = tokens, False
+        self.steered = np.flatnonzero((tokens[:, 0] > 0) & (tokens[:, 1] != 0))
 
     def idle(self) -> None:
         """Lay out a step in which no token has a program."""
@@ -176,7 +201,7 @@ class Tables:
         counts: Int32 = self.counters[row].cpu().numpy()
         return counts
 
-    def _copy(self, target: Tensor, source: Int32 | Int64) -> None:
+    def _copy(self, target: Tensor, source: npt.NDArray[np.integer]) -> None:
         if target.is_cuda:
             pinned = torch.empty(source.shape, dtype=target.dtype, pin_memory=True)
             pinned.numpy()[...] = source
@@ -188,10 +213,11 @@ class Tables:
         if not 1 <= row <= self.max_rows:
             raise ValueError(f"row {row} is outside 1 to {self.max_rows}")
 
-    def _check_site(self, edit: Edit, site: int, resident: Resident | None) -> None:
-        width = self.widths.get(site)
-        if width is None:
-            raise ValueError(f"{edit.opcode} at {edit.point}: site {site} has no activation here")
+    def _check_sites(self, edit: Edit, sites: Int64, resident: Resident | None) -> None:
+        width = min(self.widths.get(site, 0) for site in sites.tolist())
+        if width == 0:
+            missing = next(site for site in sites.tolist() if site not in self.widths)
+            raise ValueError(f"{edit.opcode} at {edit.point}: site {missing} has no activation here")
         if edit.opcode in ELEMENTWISE:
             if resident is not None and resident.width % width:
                 raise ValueError(
@@ -227,19 +253,25 @@ class Tables:
         bounds[0, used : used + count], bounds[1, used : used + count] = low, high
         return count
 
-    def _describe_site(self, program: Program, indices: list[int], site: int, pointers: Int64) -> tuple[int, ...]:
-        """The fields of a site at which these edits act."""
-        map_edit, set_edit = self._map_ahead(program, indices, site, pointers)
-        whole = [e for e in indices if program.edits[e].opcode not in ELEMENTWISE and e != map_edit]
-        return sum(1 << e for e in indices), sum(1 << e for e in whole), map_edit, set_edit
+    def _plan_maps(self, program: Program, sites: Int32, pointers: Int64) -> None:
+        """Fill in, of each site's fields, what is computed ahead there."""
+        found: dict[tuple[int, bool], tuple[int, int]] = {}
+        for site in self.map_sites.intersection(np.flatnonzero(sites[:, 0]).tolist()):
+            indices = [e for e in range(len(program.edits)) if sites[site, 0] >> e & 1]
+            is_high = bool((pointers[site, :, 4] > min(self.max_map_rank, self.widths[site])).any())
+            key = int(sites[site, 0]), is_high
+            if key not in found:
+                found[key] = self._map_ahead(program, indices, site, pointers[site])
+            map_edit, set_edit = found[key]
+            sites[site, 2:] = map_edit, set_edit
+            if map_edit >= 0:
+                sites[site, 1] &= ~(1 << map_edit)
 
     def _map_ahead(self, program: Program, indices: list[int], site: int, pointers: Int64) -> tuple[int, int]:
         """The `map` here that can be computed before the edit kernel runs, and the `set` that makes its input; or -1.
 
         Nothing else may change its input, and that `set` must act whenever the map does and its span covers the token.
         """
-        if site not in self.map_sites:
-            return -1, -1
         ordered = [e for e in indices if program.edits[e].opcode != "gate"]
         set_edit = ordered.pop(0) if ordered and program.edits[ordered[0]].opcode == "set" else -1
         if not ordered or program.edits[ordered[0]].opcode != "map":
@@ -253,36 +285,50 @@ class Tables:
         return index, set_edit
 
 
-def _pointers(edit: Edit, resident: Resident, layer: int) -> tuple[int, ...]:
-    """vector, inverse norm | mask | encoder, decoder, bias, threshold | right, left | matrix; -1 for what isn't there.
-    At the end the number of coefficients.
+READS: dict[Opcode, tuple[Role, ...]] = {
+    "add": ("vector",),
+    "set": ("vector",),
+    "add_norm": ("vector", "inverse_norm"),
+    "gate": ("vector", "inverse_norm"),
+    "scale": ("mask",),
+    "rank": ("encoder", "decoder", "bias", "threshold"),
+}
+"""The tensors that an opcode reads, in the order of their pointers; of `map`, `right` and `left`, or `matrix`."""
+
+
+def _pointers(edit: Edit, resident: Resident, layers: Int64) -> Int64:
+    """Where the tensors of `READS` start, -1 for what isn't there, and at the end the number of coefficients
+    [layers, POINTERS].
     """
-
-    def start(role: Role) -> int:
-        return resident.pieces[layer, role][0]
-
-    try:
-        match edit.opcode:
-            case "add" | "set":
-                return start("vector"), -1, -1, -1, 0
-            case "add_norm" | "gate":
-                return start("vector"), start("inverse_norm"), -1, -1, 0
-            case "scale":
-                return start("mask"), -1, -1, -1, 0
-            case "rank":
-                rank = resident.pieces[layer, "bias"][1][0]
-                _check_bounds(edit, rank)
-                return start("encoder"), start("decoder"), start("bias"), start("threshold"), rank
-            case "map" if (layer, "matrix") in resident.pieces:
-                return start("matrix"), -1, -1, -1, resident.width
-            case "map":
-                return start("right"), start("left"), -1, -1, resident.pieces[layer, "right"][1][0]
-    except KeyError as error:
-        raise ValueError(f"{edit.opcode}: {edit.operand} has no {error.args[0][1]} for layer {layer}") from None
-    raise ValueError(f"{edit.opcode} reads no operand, and {edit.operand} is one")
+    pointers = np.full((len(layers), POINTERS), -1, np.int64)
+    if edit.opcode == "map":
+        dense = _starts(resident, "matrix", layers)
+        pointers[:, 0] = np.maximum(dense, _starts(resident, "right", layers))
+        pointers[:, 1] = _starts(resident, "left", layers)
+        roles: tuple[Role, ...] = ("right",)
+    else:
+        roles = READS[edit.opcode]
+        for column, role in enumerate(roles):
+            pointers[:, column] = _starts(resident, role, layers)
+    if (missing := np.argwhere(pointers[:, : len(roles)] < 0)).size:
+        at, column = missing[0]
+        raise ValueError(f"{edit.opcode}: {edit.operand} has no {roles[column]} for layer {layers[at]}")
+    pointers[:, 4] = resident.ranks[layers] if edit.opcode in ("rank", "map") else 0
+    if edit.opcode == "rank":
+        _check_bounds(edit, set(pointers[:, 4].tolist()))
+    return pointers
 
 
-def _check_bounds(edit: Edit, rank: int) -> None:
+def _starts(resident: Resident, role: Role, layers: Int64) -> Int64:
+    """Where a role's tensor starts at each of the layers, -1 where there is none."""
+    starts = resident.starts.get(role)
+    if starts is None or layers.max() >= len(starts):
+        return np.array([resident.pieces.get((layer, role), (-1,))[0] for layer in layers.tolist()])
+    return starts[layers]
+
+
+def _check_bounds(edit: Edit, ranks: set[int]) -> None:
     for bounds in (edit.function.low, edit.function.high) if edit.function is not None else ():
-        if bounds is not None and len(bounds) not in (1, rank):
+        if bounds is not None and len(bounds) != 1 and (wrong := ranks - {len(bounds)}):
+            rank = min(wrong)
             raise ValueError(f"rank: {len(bounds)} bounds for an operand of rank {rank}; give one, or {rank}")

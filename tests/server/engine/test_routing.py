@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from server.engine.banks import Bank
 from server.engine.capture import Capture, CaptureSpec
 from server.engine.edits import POINTS, Condition, Edit, Program, site_index
 from server.engine.operands import Piece, pack
-from server.engine.ops.apply import apply
+from server.engine.ops.cpu_kernel import CpuKernel
 from server.engine.ops.reference import apply_reference
+from server.engine.ops.tables import Tables
 from server.engine.routing import BatchView, Router
 from server.engine.spans import Span
 from tests.server.engine.programs import operands, random_program
@@ -50,8 +51,28 @@ def bank() -> Bank:
     return bank
 
 
-def router_for(bank: Bank, max_requests: int = 4) -> Router:
-    return Router(bank, LAYERS, max_requests=max_requests, max_edits=8)
+def router_for(bank: Bank, max_requests: int = 9) -> Router:
+    sites = range(len(SITES))
+    tables = Tables(
+        bank,
+        len(SITES),
+        dict.fromkeys(sites, WIDTH),
+        max_rows=max_requests,
+        max_tokens=128,
+        max_edits=8,
+        map_sites=frozenset(sites),
+        max_mapped=8,
+    )
+    return Router(tables, LAYERS)
+
+
+def run(router: Router, site: int, hidden: torch.Tensor | None, residual: torch.Tensor) -> None:
+    """What an executor does at a site."""
+    work = router.works[site]
+    if work is not None:
+        CpuKernel(router.tables).launch(site, residual, hidden)
+        for capture in work:
+            capture.add(hidden, residual)
 
 
 def add(operand: str, layers: tuple[int, ...] = (0, 1, 2), strength: float = 1.0, span: Span | None = None) -> Edit:
@@ -69,9 +90,7 @@ def step(router: Router, batch: list[tuple[Request, int]], dtype: torch.dtype, p
             hidden = torch.randn(rows, WIDTH).to(dtype) if pair else None
             residual = torch.randn(rows, WIDTH).to(dtype)
             before = residual.float() + (0 if hidden is None else hidden.float())
-            work = router.works[site]
-            if work is not None:
-                apply(site, layer, work, router.state, hidden, residual)
+            run(router, site, hidden, residual)
             after = residual.float() + (0 if hidden is None else hidden.float())
             tolerance = 2e-4 if dtype == torch.float32 else 0.15
             expected = torch.cat([by_definition(router.bank, each, (point, layer), before, batch) for each in batch])
@@ -195,13 +214,26 @@ def test_a_row_that_is_used_again_starts_from_zero(bank: Bank) -> None:
 
 
 def test_more_requests_can_be_known_than_run_at_once(bank: Bank) -> None:
+    """A preempted request gives its row away, and finds its counts and its gate's decision when it runs again."""
+    torch.manual_seed(0)
     router = router_for(bank, max_requests=2)
-    requests = [Request(f"r{index}", 2, Program((add("vector-0", (0,), float(index)),))) for index in range(7)]
+    gate = Edit("gate", "vector-0", (0,), condition=Condition("dot", 0.0, scope="sequence"))
+    requests = [
+        Request(f"r{index}", 2, Program((gate, replace(add("vector-1", (1,), float(index)), gate=0))))
+        for index in range(7)
+    ]
     for request in requests:
         router.admit(request.id, request.program, request.id, None, 2)
-    step(router, [(request, 2) for request in requests], torch.float32, True)
+    for pair in [(0, 1), (2, 3), (4, 5), (6, 0), (1, 2), (3, 4), (5, 6), (0, 6)]:
+        step(router, [(requests[n], 1 if requests[n].computed else 2) for n in pair], torch.float32, True)
+    assert {request.decisions[0] for request in requests} == {True, False}
     for request in requests:
         assert_counts(router, request)
+        router.release(request.id)
+    with pytest.raises(RuntimeError, match="more than 2 steered requests"):
+        for request in requests:
+            router.admit(request.id, request.program, request.id, None, 2)
+        step(router, [(request, 1) for request in requests], torch.float32, True)
 
 
 def test_a_new_request_with_the_layout_of_a_finished_one_gets_its_own_edits(bank: Bank) -> None:
@@ -262,7 +294,7 @@ def test_captures_gather_over_chunks_and_take_no_token_twice(bank: Bank, chunks:
                 rows = slice(position, position + tokens)
                 padding = torch.full((2, WIDTH), 99.0)
                 addends = [torch.cat([padding, each[site, rows]]) for each in (hidden, residual)]
-                apply(site, SITES[site][1], work, router.state, *addends)
+                run(router, site, *addends)
         position += tokens
     captured = router.captured("r")
     assert captured is not None
@@ -294,7 +326,10 @@ def test_the_sequence_gate_holds_its_first_decision_over_a_preemption(bank: Bank
         step(router, [(request, 1)], torch.float32, True)
         assert_counts(router, request)
         router.release("r")
-        assert not router.state.decisions.any()
+        fresh = Request("r", 4, request.program)
+        router.admit("r", fresh.program, "r", None, 4)
+        step(router, [(fresh, 1)], torch.float32, True)
+        assert not router.tables.decisions.any()
 
 
 def test_identities_hold_bit_for_bit(bank: Bank) -> None:
@@ -319,9 +354,7 @@ def test_identities_hold_bit_for_bit(bank: Bank) -> None:
             router = router_for(bank)
             router.admit("r", Program(edits), "r", None, 3)
             router.route(BatchView(["r"], [3], [0]))
-            work = router.works[0]
-            if work is not None:
-                apply(0, 0, work, router.state, hidden, residual)
+            run(router, 0, hidden, residual)
             assert torch.equal(residual, x), edits
 
 
@@ -336,7 +369,7 @@ def test_set_to_the_activation_itself_changes_no_bit() -> None:
         router.admit("r", Program((Edit("set", "own", (0,)),)), "r", None, 1)
         router.route(BatchView(["r"], [1], [0]))
         before = residual.clone()
-        apply(0, 0, router.works[0], router.state, hidden, residual)
+        run(router, 0, hidden, residual)
         assert torch.equal(residual, before)
 
 
@@ -351,7 +384,7 @@ def test_a_dense_map_equals_its_factors() -> None:
         router = router_for(bank)
         router.admit("r", Program((Edit("map", "map", (0,), 0.5),)), "r", None, 5)
         router.route(BatchView(["r"], [5], [0]))
-        apply(0, 0, router.works[0], router.state, None, residual)
+        run(router, 0, None, residual)
         edited.append(residual)
     assert not torch.allclose(edited[0], x)
     torch.testing.assert_close(edited[0], edited[1])
