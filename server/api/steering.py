@@ -20,7 +20,7 @@ from server.api.receipts import Applied, AppliedEdit, Receipt
 from server.api.served import ServedModel
 from server.api.steering_schema import LAST_PROMPT_TOKEN, Condition, Intervention, parse
 from server.engine import edits as engine
-from server.engine.edits import Edit, Point, Program
+from server.engine.edits import Edit, Point, Program, ProgramError
 from server.engine.operands import Operand, pack
 from server.engine.site_names import SiteNameError, parse_site, site_name
 from server.engine.spans import Span
@@ -68,7 +68,11 @@ class Steerer:
         if edits > self.max_edits:
             raise self._too_many(f'{count} interventions make {edits} edits (conditions, renorm and mode "frozen" add)')
         program = Program(tuple(draft.edits))
-        program.check()
+        try:
+            program.check()
+        except ProgramError as error:
+            where = f"steering.interventions.{draft.owners[error.index]}"
+            raise ApiError(422, f"{where}: {error}", where) from None
         return Prepared(
             program, tuple(draft.owners), draft.operands, draft.applied, tuple(draft.versions), steering, sites
         )

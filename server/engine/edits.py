@@ -46,6 +46,11 @@ class Function:
     def clamps(self) -> bool:
         return self.low is not None or self.high is not None
 
+    @property
+    def bounds(self) -> int:
+        """How many pairs of bounds there are: one per row, one for all, or none."""
+        return max(len(self.low or ()), len(self.high or ()))
+
 
 @dataclass(frozen=True, slots=True)
 class Condition:
@@ -127,6 +132,10 @@ class Edit:
         )
 
 
+MAX_BOUNDS = 1024
+"""Bounds of all of a program's functions: what its row on the device has room for."""
+
+
 class ProgramError(ValueError):
     """A program whose edits contradict each other. `index` is the edit at fault."""
 
@@ -168,8 +177,14 @@ class Program:
         return hashlib.sha256(_canonical(bodies)).hexdigest()
 
     def check(self) -> None:
-        """Raise ProgramError where an edit names no fitting gate, or a gate couldn't decide for it."""
+        """Raise ProgramError where an edit names no fitting gate, a gate couldn't decide for it, or there are more
+        bounds than MAX_BOUNDS.
+        """
+        bounds = 0
         for index, edit in enumerate(self.edits):
+            bounds += edit.function.bounds if edit.function is not None else 0
+            if bounds > MAX_BOUNDS:
+                raise ProgramError(index, f"{bounds} bounds up to here, over the limit of {MAX_BOUNDS}: clamp fewer")
             if (edit.opcode == "gate") != (edit.condition is not None):
                 raise ProgramError(index, "a gate needs a condition, and nothing else has one")
             if (edit.opcode in WITHOUT_OPERAND) != (edit.operand is None):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite.binding import ffi
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
@@ -42,6 +43,10 @@ X, BEFORE, ADDED = range(3)
 """Rows of the kernel's scratch."""
 
 log = logging.getLogger(__name__)
+
+# llvmlite's proxy of its library makes up any attribute that it is asked for. When an engine starts on a CPU, vLLM
+# reads the `__dict__` of all that the loaded modules hold, and would trip over the one made up.
+ffi.lib._fntab["__dict__"] = {}
 
 
 class CpuKernel:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from server.engine.banks import Bank, Resident
-from server.engine.edits import OPCODES, Edit, Opcode, Program, site_index
+from server.engine.edits import MAX_BOUNDS, OPCODES, Edit, Opcode, Program, site_index
 from server.engine.operands import Role
 from server.engine.ops.map_plan import MapPlan
 
@@ -78,7 +78,7 @@ class Tables:
         max_rows: int,
         max_tokens: int,
         max_edits: int = 16,
-        max_bounds: int = 64,
+        max_bounds: int = MAX_BOUNDS,
         map_sites: frozenset[int] = frozenset(),
         max_mapped: int = 1024,
         max_map_rank: int = 512,
@@ -246,7 +246,7 @@ class Tables:
         if not edit.function.clamps:
             return 0
         low, high = edit.function.low or (-np.inf,), edit.function.high or (np.inf,)
-        count = max(len(low), len(high))
+        count = edit.function.bounds
         if used + count > self.max_bounds:
             raise ValueError(f"a program of {used + count} or more bounds is over the limit of {self.max_bounds}")
         fields[2:5] = fields[2] | CLAMPS, used, int(count > 1)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.edits import Condition, Edit, Program, ProgramError
+from server.engine.edits import Condition, Edit, Function, Program, ProgramError
 from server.engine.spans import END, Span, SpanError, clip
 
 POSITION = st.integers(-12, 12)
@@ -151,3 +152,11 @@ def test_a_condition_that_is_decided_behind_the_span_is_refused() -> None:
         behind(Span(generation=False, exclude_prompt_positions=(-1,))).check_spans(6, 4)
     with pytest.raises(ProgramError, match="empty"):
         Program((Edit("add", "v", (0,), 1.0, Span(prompt=False)),)).check_spans(6, 1)
+
+
+def test_more_bounds_than_a_row_on_the_device_has_room_for_are_refused() -> None:
+    clamped = Edit("rank", "sae", (1,), function=Function(low=(0.0,) * 256))
+    Program((clamped,) * 4).check()
+    with pytest.raises(ProgramError, match="1025 bounds up to here, over the limit of 1024") as refused:
+        Program((*(clamped,) * 4, replace(clamped, function=Function(high=(1.0,))))).check()
+    assert refused.value.index == 4
