@@ -238,13 +238,14 @@ def _sites(point: Point, chosen: tuple[int, ...], layers: int) -> list[int]:
 
 def _stage(tables: Tables, pieces: list[_Piece], tokens: int) -> None:
     """Tell the kernels which row and which edits each token of the step has."""
-    rows, bits, fresh = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), np.zeros(tokens, np.bool_)
+    rows, bits, fresh = [0] * tokens, [0] * tokens, [False] * tokens
     for piece in pieces:
         assert piece.row.seat is not None
-        rows[piece.start : piece.end] = piece.row.seat
-        bits[piece.start : piece.end] = sum(1 << edit for edit in piece.active)
-        fresh[piece.end - piece.fresh : piece.end] = True
-    tables.stage(rows, bits, fresh)
+        length = piece.end - piece.start
+        rows[piece.start : piece.end] = [piece.row.seat] * length
+        bits[piece.start : piece.end] = [sum([1 << edit for edit in piece.active])] * length
+        fresh[piece.end - piece.fresh : piece.end] = [True] * piece.fresh
+    tables.stage(np.array(rows, np.int32), np.array(bits, np.int32), np.array(fresh, np.bool_))
 
 
 def _pieces(row: _Row, start: int, position: int, tokens: int) -> list[_Piece]:

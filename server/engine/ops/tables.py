@@ -90,6 +90,7 @@ class Tables:
         self.map_sites = map_sites
         self.max_mapped = min(max_mapped, max_tokens) if map_sites else 0
         self.max_map_rank = max_map_rank
+        self._width_at = np.array([self.widths.get(site, 0) for site in range(sites)])
         device, rows = bank.device, max_rows + 1
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -207,16 +208,16 @@ class Tables:
             pinned.numpy()[...] = source
             target.copy_(pinned.view(target.shape), non_blocking=True)
         else:
-            target.copy_(torch.from_numpy(source).view(target.shape))
+            target.numpy()[...] = source.reshape(target.shape)
 
     def _check_row(self, row: int) -> None:
         if not 1 <= row <= self.max_rows:
             raise ValueError(f"row {row} is outside 1 to {self.max_rows}")
 
     def _check_sites(self, edit: Edit, sites: Int64, resident: Resident | None) -> None:
-        width = min(self.widths.get(site, 0) for site in sites.tolist())
+        width = int(self._width_at[sites].min())
         if width == 0:
-            missing = next(site for site in sites.tolist() if site not in self.widths)
+            missing = sites[self._width_at[sites] == 0][0]
             raise ValueError(f"{edit.opcode} at {edit.point}: site {missing} has no activation here")
         if edit.opcode in ELEMENTWISE:
             if resident is not None and resident.width % width:
