@@ -171,6 +171,8 @@ async def main(folder: Path, arguments: dict[str, Any]) -> None:
     counts = {"before": len(uploads)}
     await ask(0)
     counts["believed"] = len(uploads)
+    # An engine that didn't run the request waits this long for it.
+    await asyncio.sleep(BankDirectory.ARRIVAL_SECONDS + 0.5)
     # What another API process would do: the whole bank is promised to it, and everything idle goes.
     cores = client.engine_core.core_engines
     rival = [["rival", "resid_post", 1, bank_bytes // 4]]
@@ -178,7 +180,6 @@ async def main(folder: Path, arguments: dict[str, Any]) -> None:
     result["evicted"] = await ask(0)
     counts["again"] = len(uploads)
     result["uploads"] = counts
-    # An engine that didn't run the request waits this long for it.
     await asyncio.sleep(BankDirectory.ARRIVAL_SECONDS + 0.5)
     other = [["other rival", "resid_post", 1, bank_bytes // 4]]
     result["whole_bank"] = [(await engine._call(core, "polyhelm_reserve", [other]))[0] for core in cores]

