@@ -242,6 +242,7 @@ def admission(model: str) -> dict[str, Any]:
     from safetensors.numpy import save
 
     from server.api.doses import Doses
+    from server.api.leases import Leases
     from server.api.served import ServedModel
     from server.api.steering import Steerer
     from server.engine.banks import Bank
@@ -266,7 +267,7 @@ def admission(model: str) -> dict[str, Any]:
         store.publish("bench", manifest, {"v.safetensors": save(vectors)})
         points = {"resid_post": {"width": HIDDEN, "opcodes": OPCODES}}
         served = ServedModel(identity, LAYERS, HIDDEN, points, "weights")
-        steerer = Steerer(store, served, 16, 1e4, Doses(None))
+        steerer = Steerer(store, served, 16, 1e4, Doses(None), Leases(store))
         field = {"interventions": [{"artifact": "bench", "strength": 2.0, "apply": {"generation": "all"}}]}
         prepare = timed(lambda: steerer.prepare(field))
         program = steerer.prepare(field).program

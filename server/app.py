@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
-from server.api import activations, artifacts, capabilities, errors, fits, health
+from server.api import activations, aliases, artifact_files, artifacts, capabilities, errors, fits, health
+from server.api.admin import admin_scope, admit
 from server.api.doses import Doses
+from server.api.leases import Leases
 from server.api.middleware import JsonBodies
 from server.api.openai import SteeringHandler
 from server.api.served import ServedModel
@@ -24,7 +26,7 @@ from server.locks import holding
 from server.models import ResolvedModel, model_identity, resolve_model
 from server.progress import Reporter
 from server.settings import Settings
-from steering_store import Store
+from steering_store import Store, remote_replica
 
 if TYPE_CHECKING:
     from server.engine.client import Engine
@@ -41,6 +43,7 @@ class Polyhelm:
     steerer: Steerer
     fits: FitJobs
     captures: Spools
+    leases: Leases
 
 
 def serve(settings: Settings, engine_args: Sequence[str], report: Reporter) -> None:
@@ -69,7 +72,17 @@ async def _serve(settings: Settings, model: ResolvedModel, args: Namespace, repo
 
 
 def open_store(settings: Settings) -> Store:
-    return Store(settings.data_dir / "artifacts", max_bytes=settings.max_artifact_bytes)
+    """The store that the settings name; one at a URL learns in the background what other machines publish."""
+    store = remote_replica.open_store(
+        settings.data_dir,
+        settings.store,
+        cache_bytes=settings.store_cache_bytes,
+        max_files=settings.max_artifact_files,
+        max_bytes=settings.max_artifact_bytes,
+    )
+    if isinstance(store, remote_replica.RemoteBackedStore):
+        store.follow(settings.store_refresh_seconds)
+    return store
 
 
 async def assemble(
@@ -83,10 +96,11 @@ async def assemble(
         async with holding(settings.data_dir / "demo.lock"):
             await ensure_demo(engine, store, identity, report.progress)
     served = ServedModel(identity, engine.layers, engine.hidden_size, engine.points, settings.model_match)
-    steerer = Steerer(store, served, engine.max_edits, settings.max_strength, Doses(settings.max_relative_dose))
+    leases = Leases(store)
+    steerer = Steerer(store, served, engine.max_edits, settings.max_strength, Doses(settings.max_relative_dose), leases)
     jobs = FitJobs(settings.data_dir / "fits", engine, store, identity)
     captures = Spools(settings.data_dir / "captures")
-    return Polyhelm(settings, model.name, engine, store, steerer, jobs, captures)
+    return Polyhelm(settings, model.name, engine, store, steerer, jobs, captures, leases)
 
 
 def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
@@ -96,9 +110,14 @@ def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
     wrap = (polyhelm.steerer, polyhelm.engine)
     state.openai_serving_chat = SteeringHandler(state.openai_serving_chat, "create_chat_completion", *wrap)
     state.openai_serving_completion = SteeringHandler(state.openai_serving_completion, "create_completion", *wrap)
-    for module in (activations, artifacts, capabilities, fits, health):
+    for module in (activations, aliases, artifact_files, artifacts, capabilities, health):
         app.include_router(module.router)
+    # A fit publishes what it fitted.
+    app.include_router(fits.router, dependencies=[Depends(admin_scope)])
+    if (key := polyhelm.settings.admin_api_key) is not None:
+        admit(app, key)
     errors.install(app)
     app.add_middleware(JsonBodies, max_bytes=polyhelm.settings.max_body_bytes)
     polyhelm.fits.start()
+    polyhelm.leases.start()
     return app

@@ -47,8 +47,18 @@ class Settings(BaseSettings):
     """Largest dose that a request may ask for; a request may lower it for itself."""
     max_body_bytes: int = Field(16 * MiB, ge=1024)
     """Largest JSON body."""
+    store: str | None = None
+    """Where the artifacts are: any fsspec URL, such as s3://bucket/prefix. By default `<data-dir>/artifacts`."""
+    store_cache_bytes: int = Field(10 * 1024 * MiB, ge=0)
+    """What files of a store at a URL may take of this disk."""
+    store_refresh_seconds: float = Field(10, gt=0)
+    """How often a store at a URL is asked what other machines have changed."""
     max_artifact_bytes: int = Field(1024 * MiB, ge=1024)
     """Largest artifact that can be published."""
+    max_artifact_files: int = Field(16, ge=1)
+    """Most files of an artifact that can be published."""
+    admin_api_key: str | None = Field(None, min_length=1, repr=False)
+    """With it set, only requests that send it as their key may change what the store holds."""
     capture_memory_bytes: int = Field(64 * MiB, ge=0)
     """Captured activations that the engine holds per request; what is beyond goes to `<data-dir>/captures`."""
     max_capture_bytes: int = Field(4096 * MiB, ge=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import time
@@ -40,30 +41,27 @@ class Blobs:
         self._blobs = root / "blobs" / "sha256"
         for folder in (self._tmp, self._blobs):
             folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        self.sweep(time.time() - STALE_SECONDS)
 
-    def stage(self, source: Source, limit: int) -> StagedFile:
-        """Copy a source to `tmp/` while hashing it. Raises TooLarge beyond `limit` bytes, StoreFull."""
-        path = self._tmp / uuid.uuid4().hex
-        hasher = hashlib.sha256()
-        size = 0
-        try:
-            with _full_disk_named(), _reader(source) as reader, path.open("xb") as writer:
-                while chunk := reader.read(CHUNK_BYTES):
-                    size += len(chunk)
-                    if size > limit:
-                        raise TooLarge("files: larger together than the store accepts; publish smaller ones", "files")
-                    hasher.update(chunk)
-                    writer.write(chunk)
-                writer.flush()
-                os.fsync(writer.fileno())
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        return StagedFile(path, size, hasher.hexdigest())
+    @contextlib.contextmanager
+    def stage(self, source: Source, limit: int) -> Iterator[StagedFile]:
+        """Copy a source to `tmp/` while hashing it; removed at the end, unless adopted.
+
+        Raises TooLarge beyond `limit` bytes, StoreFull.
+        """
+        with _full_disk_named(), self._locked_tmp() as writer:
+            path = Path(writer.name)
+            try:
+                size, sha256 = _copy(source, writer, limit)
+                yield StagedFile(path, size, sha256)
+            finally:
+                path.unlink(missing_ok=True)
 
     def adopt(self, staged: StagedFile) -> None:
-        """Move a staged file to its place, durably. Replaces a blob of that digest, which mends a damaged one."""
+        """Move a staged file to its place, durably. Replaces a blob of that digest, which mends a damaged one.
+
+        Call it in the transaction that makes the blob somebody's, or a sweep may take it.
+        """
         target = self.path(staged.sha256)
         with _full_disk_named():
             target.parent.mkdir(exist_ok=True)
@@ -75,35 +73,104 @@ class Blobs:
         """Where the bytes with this digest (hex) lie."""
         return self._blobs / sha256[:2] / sha256
 
-    def read(self, entry: FileEntry) -> bytes:
-        """The bytes of a file, the very ones that were hashed. Raises CorruptArtifact."""
+    @contextlib.contextmanager
+    def open(self, entry: FileEntry) -> Iterator[BinaryIO]:
+        """Open a file for reading, not yet verified. Raises CorruptArtifact where it is missing."""
         try:
-            data = self.path(entry.sha256).read_bytes()
+            stream = self.path(entry.sha256).open("rb")
         except FileNotFoundError:
-            raise _corrupt(entry, "is missing") from None
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise _corrupt(entry, "no longer has the bytes that were published")
-        return data
+            raise corrupt(entry, "is missing") from None
+        with stream:
+            yield stream
+
+    @contextlib.contextmanager
+    def open_verified(self, entry: FileEntry) -> Iterator[BinaryIO]:
+        """Open a file, hashed just now. Raises CorruptArtifact."""
+        with self.open(entry) as stream:
+            hasher = hashlib.sha256()
+            while chunk := stream.read(CHUNK_BYTES):
+                hasher.update(chunk)
+            check_hash(entry, hasher.hexdigest())
+            stream.seek(0)
+            yield stream
 
     def verified_path(self, entry: FileEntry) -> Path:
         """The path of a file, hashed just now. Raises CorruptArtifact."""
-        path = self.path(entry.sha256)
-        try:
-            with path.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-        except FileNotFoundError:
-            raise _corrupt(entry, "is missing") from None
-        if found != entry.sha256:
-            raise _corrupt(entry, "no longer has the bytes that were published")
-        return path
+        with self.open_verified(entry):
+            return self.path(entry.sha256)
 
-    def _sweep(self) -> None:
-        # Only a process that died leaves a file here for so long: one that still writes keeps its mtime fresh.
-        oldest = time.time() - STALE_SECONDS
-        for path in self._tmp.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < oldest:
+    def all(self) -> Iterator[tuple[str, os.stat_result]]:
+        """The digest (hex) of every blob that is there, with its size and time."""
+        for folder in sorted(self._blobs.iterdir()):
+            for path in sorted(folder.iterdir()):
+                with contextlib.suppress(FileNotFoundError):
+                    yield path.name, path.stat()
+
+    def refresh(self, sha256: str) -> None:
+        """Begin the grace period of a blob anew."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.path(sha256))
+
+    def remove(self, sha256: str) -> None:
+        """Remove a blob. Call it in the transaction that saw that nobody needs it."""
+        self.path(sha256).unlink(missing_ok=True)
+
+    def sweep(self, older_than: float, *, dry_run: bool = False) -> list[tuple[Path, int]]:
+        """Remove the files in `tmp/` of writers that died, last written before `older_than` (seconds since the epoch).
+
+        A writer holds a lock on its file, which its death ends. Returns the files and their sizes in bytes.
+        """
+        swept = []
+        for path in sorted(self._tmp.iterdir()):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as stream:
+                found = path.stat()
+                if found.st_mtime > older_than:
+                    continue
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not dry_run:
                     path.unlink()
+                swept.append((path, found.st_size))
+        return swept
+
+    @contextlib.contextmanager
+    def _locked_tmp(self) -> Iterator[BinaryIO]:
+        """A new file in `tmp/` that no sweep takes while it is open."""
+        while True:
+            with (self._tmp / uuid.uuid4().hex).open("xb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH)
+                # A sweep may have come between the two lines above.
+                if os.fstat(stream.fileno()).st_nlink:
+                    yield stream
+                    return
+
+
+def check_hash(entry: FileEntry, found: str) -> None:
+    """Raise CorruptArtifact where the SHA-256 (hex) of a file isn't the one that was published."""
+    if found != entry.sha256:
+        raise corrupt(entry, "no longer has the bytes that were published")
+
+
+def corrupt(entry: FileEntry, what: str) -> CorruptArtifact:
+    """The refusal of a file, by its name in the artifact and its digest."""
+    return CorruptArtifact(
+        f"file {entry.path!r} (sha256:{entry.sha256}) {what}; restore it, or publish the same bytes again", entry.path
+    )
+
+
+def _copy(source: Source, writer: BinaryIO, limit: int) -> tuple[int, str]:
+    """Copy, make durable, and return how many bytes it was and their SHA-256 (hex)."""
+    hasher = hashlib.sha256()
+    size = 0
+    with _reader(source) as reader:
+        while chunk := reader.read(CHUNK_BYTES):
+            size += len(chunk)
+            if size > limit:
+                raise TooLarge("files: larger together than the store accepts; publish smaller ones", "files")
+            hasher.update(chunk)
+            writer.write(chunk)
+    writer.flush()
+    os.fsync(writer.fileno())
+    return size, hasher.hexdigest()
 
 
 def _reader(source: Source) -> contextlib.AbstractContextManager[BinaryIO]:
@@ -129,9 +196,3 @@ def _full_disk_named() -> Iterator[None]:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreFull("the store's disk is full; free some room and publish again") from exc
         raise
-
-
-def _corrupt(entry: FileEntry, what: str) -> CorruptArtifact:
-    return CorruptArtifact(
-        f"file {entry.path!r} (sha256:{entry.sha256}) {what}; restore it, or publish the same bytes again", entry.path
-    )

@@ -34,10 +34,60 @@ def m001_artifacts_and_versions(db: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (m001_artifacts_and_versions,)
+def m002_aliases_yanks_and_audit(db: sqlite3.Connection) -> None:
+    """Aliases, and who did what to them and to versions. An audit entry outlives the version that it tells of."""
+    db.execute("ALTER TABLE versions ADD COLUMN yanked_at TEXT")
+    db.execute("ALTER TABLE versions ADD COLUMN yank_reason TEXT")
+    db.execute(
+        """
+        CREATE TABLE audit (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            name TEXT NOT NULL REFERENCES artifacts (name),
+            action TEXT NOT NULL,
+            alias TEXT,
+            from_version INTEGER,
+            to_version INTEGER,
+            at TEXT NOT NULL,
+            actor TEXT,
+            reason TEXT
+        ) STRICT
+        """
+    )
+    db.execute("CREATE INDEX audit_of_name ON audit (name, id)")
+    db.execute(
+        """
+        CREATE TABLE aliases (
+            name TEXT NOT NULL,
+            alias TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            moved_by INTEGER NOT NULL REFERENCES audit (id),
+            PRIMARY KEY (name, alias),
+            FOREIGN KEY (name, version) REFERENCES versions (name, version)
+        ) STRICT
+        """
+    )
 
 
-def migrate(path: Path) -> None:
+def leases_m001(db: sqlite3.Connection) -> None:
+    """Which digests somebody needs, and until when (seconds since the epoch)."""
+    db.execute(
+        """
+        CREATE TABLE leases (
+            digest TEXT NOT NULL,
+            holder TEXT NOT NULL,
+            expires_at REAL NOT NULL,
+            PRIMARY KEY (digest, holder)
+        ) STRICT
+        """
+    )
+
+
+Migrations = tuple[Callable[[sqlite3.Connection], None], ...]
+MIGRATIONS: Migrations = (m001_artifacts_and_versions, m002_aliases_yanks_and_audit)
+LEASE_MIGRATIONS: Migrations = (leases_m001,)
+
+
+def migrate(path: Path, migrations: Migrations = MIGRATIONS) -> None:
     """Create the database, or bring it up to date. Raises StoreError for one that a newer release has written."""
     # Two processes that switch one new file to WAL at once get "database is locked" without any waiting.
     with path.with_suffix(".lock").open("w") as lock:
@@ -45,9 +95,9 @@ def migrate(path: Path) -> None:
         with connect(path) as db:
             db.execute("PRAGMA journal_mode = WAL")
             current = db.execute("PRAGMA user_version").fetchone()[0]
-            if current > len(MIGRATIONS):
+            if current > len(migrations):
                 raise StoreError(f"{path.name} is of schema {current}, from a newer polyhelm; upgrade this one")
-            for number, migration in enumerate(MIGRATIONS[current:], start=current + 1):
+            for number, migration in enumerate(migrations[current:], start=current + 1):
                 with transaction(db):
                     migration(db)
                     db.execute(f"PRAGMA user_version = {number}")

@@ -4,7 +4,9 @@ StoreError
 ├── InvalidName, InvalidReference, InvalidManifest, InvalidTensor   the caller's input
 ├── UnsupportedFile, TooLarge                                       a file that is refused
 ├── ArtifactNotFound                                                nothing has that name or reference
-└── CorruptArtifact, StoreBusy, StoreFull                           the disk's trouble
+├── PreconditionFailed, InUse, Yanked                               the state of the store is against it
+├── CorruptArtifact, StoreBusy, StoreFull                           the disk's trouble
+└── RemoteUnavailable                                               the network's trouble
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class InvalidName(StoreError):
 
 
 class InvalidReference(StoreError):
-    """Text that isn't `name`, `name@INTEGER` or `name@sha256:HEX64`."""
+    """Text that isn't `name`, `name@INTEGER`, `name@ALIAS` or `name@sha256:HEX64`."""
 
 
 class InvalidManifest(StoreError):
@@ -47,6 +49,26 @@ class ArtifactNotFound(StoreError):
     """No artifact, version or file answers to the reference."""
 
 
+class PreconditionFailed(StoreError):
+    """An alias isn't in the state that the caller expected; `current` is its etag now, None where there is no alias."""
+
+    def __init__(self, message: str, param: str | None = None, *, current: str | None) -> None:
+        super().__init__(message, param)
+        self.current = current
+
+
+class InUse(StoreError):
+    """A version can't be deleted: `holders` are the aliases, presets and leases that need it."""
+
+    def __init__(self, message: str, param: str | None = None, *, holders: list[str]) -> None:
+        super().__init__(message, param)
+        self.holders = holders
+
+
+class Yanked(StoreError):
+    """An alias can't be moved to a version that was yanked."""
+
+
 class CorruptArtifact(StoreError):
     """What lies on the disk isn't what was published; `param` is the file."""
 
@@ -57,3 +79,7 @@ class StoreBusy(StoreError):
 
 class StoreFull(StoreError):
     """The disk has no room left."""
+
+
+class RemoteUnavailable(StoreError):
+    """The place that a URL names can't be reached, read or written."""

@@ -16,11 +16,12 @@ ROLES: dict[str, tuple[frozenset[str | None], ...]] = {
     "steering_vector": (frozenset({None}),),
     "neuron_set": (frozenset({None}), frozenset({None, "weights"})),
     "linear_map": (frozenset({"matrix"}), frozenset({"left", "right"})),
-    "sae": (_SAE, _SAE | {"threshold"}),
+    "sae": (_SAE, _SAE | {"threshold"}, _SAE | {"decoder_bias"}, _SAE | {"threshold", "decoder_bias"}),
 }
-"""The sets of roles that a layer may have, one of them at every layer; None is a site without a role."""
+"""The sets of roles that a layer may have, one of them at every layer; None is a site without a role. A preset, which
+has no sites, isn't here."""
 
-MAY_BE_ZERO = frozenset({"encoder_bias", "threshold"})
+MAY_BE_ZERO = frozenset({"encoder_bias", "threshold", "decoder_bias"})
 """Roles whose tensor may be all zeros; any other would steer nothing."""
 
 Numbered = Mapping[str | None, tuple[int, "Site"]]
@@ -34,7 +35,9 @@ def is_indices(kind: str, role: str | None) -> bool:
 
 def check_kind(manifest: Manifest) -> None:
     """Raise InvalidManifest, naming the field, where the sites don't make up an artifact of the manifest's kind."""
-    _check_activation(manifest)
+    _check_own_fields(manifest)
+    if manifest.kind == "preset":
+        return
     width = _width(manifest)
     for layer in manifest.layers:
         sites: Numbered = {site.role: (i, site) for i, site in enumerate(manifest.sites) if site.layer == layer}
@@ -44,10 +47,20 @@ def check_kind(manifest: Manifest) -> None:
         _check_shapes(manifest.kind, width, sites)
 
 
-def _check_activation(manifest: Manifest) -> None:
-    if (manifest.kind == "sae") != (manifest.activation is not None):
-        remedy = "name the SAE's: identity, relu or jumprelu" if manifest.kind == "sae" else "leave it out"
+def _check_own_fields(manifest: Manifest) -> None:
+    """A field that belongs to one kind is with that kind, and with no other."""
+    is_sae, is_preset = manifest.kind == "sae", manifest.kind == "preset"
+    if is_sae != (manifest.activation is not None):
+        remedy = "name the SAE's: identity, relu or jumprelu" if is_sae else "leave it out"
         raise InvalidManifest(f"activation: only a sae has one, and it must; {remedy}", "activation")
+    if is_preset != (manifest.interventions is not None):
+        remedy = "list its artifacts" if is_preset else "leave it out"
+        raise InvalidManifest(f"interventions: only a preset has them, and it must; {remedy}", "interventions")
+    if is_preset == bool(manifest.sites):
+        remedy = "leave them out" if is_preset else "list at least one"
+        raise InvalidManifest(f"sites: every artifact has them, except a preset; {remedy}", "sites")
+    if manifest.labels is not None and not (is_sae and len(manifest.layers) == 1):
+        raise InvalidManifest("labels: only a sae of a single layer has them; leave them out", "labels")
 
 
 def _width(manifest: Manifest) -> int:
@@ -97,6 +110,7 @@ def _check_shapes(kind: str, width: int, sites: Numbered) -> None:
         features = _size(*sites["encoder"], axis=0)
         expected = dict.fromkeys(("encoder", "decoder"), [features, width])
         expected |= dict.fromkeys(("encoder_bias", "threshold"), [features])
+        expected["decoder_bias"] = [width]
     elif first.role in ("left", "right"):
         rank = _size(*sites["right"], axis=0)
         expected = {"left": [width, rank], "right": [rank, width]}

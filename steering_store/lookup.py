@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -27,30 +29,19 @@ class Remembered(Generic[T]):
         with sqlite_errors_named(path):
             self._db = open_connection(path, check_same_thread=False)
         weakref.finalize(self, self._db.close)
-        self._seen = self._data_version()
+        self._seen = -1
 
-    def get(self, key: str) -> T | None:
-        """What was remembered under `key`, or None where it may be out of date."""
-        with self._lock:
-            version = self._data_version()
+    def get(self, key: str, read: Callable[[sqlite3.Connection], T]) -> T:
+        """What is remembered under `key`, or else what `read` finds now."""
+        with self._lock, sqlite_errors_named(self._path):
+            # Asked before reading: what is committed in between is at worst read twice.
+            (version,) = self._db.execute("PRAGMA data_version").fetchone()
             if version != self._seen:
                 self._known.clear()
                 self._seen = version
-            return self._known.get(key)
-
-    def put(self, key: str, value: T, seen: int) -> None:
-        """Remember what was read after `seen`; dropped when something was committed since."""
-        with self._lock:
-            if seen == self._seen and len(self._known) < LIMIT:
-                self._known[key] = value
-
-    @property
-    def seen(self) -> int:
-        """Ask for this before reading what is to be remembered."""
-        return self._seen
-
-    def _data_version(self) -> int:
-        with sqlite_errors_named(self._path):
-            (version,) = self._db.execute("PRAGMA data_version").fetchone()
-        assert isinstance(version, int)
-        return version
+            if key not in self._known:
+                found = read(self._db)
+                if len(self._known) >= LIMIT:
+                    self._known.clear()
+                self._known[key] = found
+            return self._known[key]

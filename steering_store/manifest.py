@@ -28,15 +28,16 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError, to_json
 
 from steering_store.errors import InvalidManifest, TooLarge
+from steering_store.manifest_migrations import migrated
 from steering_store.manifest_rules import check_manifest
 from steering_store.reference import DIGEST_PATTERN
 
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
 
-Kind = Literal["steering_vector", "neuron_set", "linear_map", "sae"]
+Kind = Literal["steering_vector", "neuron_set", "linear_map", "sae", "preset"]
 Point = Literal["resid_post", "mlp_out", "attn_out", "head_out", "mlp_act"]
-Role = Literal["weights", "matrix", "left", "right", "encoder", "encoder_bias", "threshold", "decoder"]
+Role = Literal["weights", "matrix", "left", "right", "encoder", "encoder_bias", "threshold", "decoder", "decoder_bias"]
 Activation = Literal["identity", "relu", "jumprelu"]
 DType = Literal["F16", "BF16", "F32", "F64", "I32", "I64"]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -54,6 +55,7 @@ class ModelSpec(_Part):
     """The model that an artifact was fitted on, and must be served on.
 
     `widths` gives the width of an activation at the points where it isn't `hidden_size`; needed where a site is there.
+    `revision` is the commit of the repository `name` on a model hub.
     """
 
     architecture: Text
@@ -63,6 +65,7 @@ class ModelSpec(_Part):
     weights_digest: Digest | None = None
     tokenizer_digest: Digest | None = None
     name: str | None = None
+    revision: Text | None = None
 
 
 class Site(_Part):
@@ -117,6 +120,30 @@ class Provenance(_Part):
         return config
 
 
+class PresetItem(_Part):
+    """One intervention of a preset. `options` are the other fields that an intervention of a request takes.
+
+    In a published preset `artifact` is `name@sha256:HEX64`, and so is `options.condition.artifact`.
+    """
+
+    artifact: Text
+    strength: FiniteFloat | None = None
+    options: dict[str, JsonValue] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _are_json(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if repeated := {"artifact", "strength"} & options.keys():
+            raise ValueError(f"{sorted(repeated)} belong beside options, not into them")
+        json.dumps(options, allow_nan=False)
+        return options
+
+    def as_intervention(self) -> dict[str, JsonValue]:
+        """The item as a request spells it: artifact, strength where there is one, and the options."""
+        strength: dict[str, JsonValue] = {} if self.strength is None else {"strength": self.strength}
+        return {"artifact": self.artifact, **strength, **self.options}
+
+
 class Manifest(_Part):
     """What an artifact is. Build one with `parse_manifest`, which also checks the fields against each other.
 
@@ -128,18 +155,21 @@ class Manifest(_Part):
     | neuron_set | indices into x [n], int32 or int64, each once; optionally `weights` [n], 1 where left out |
     | linear_map | `matrix` [width, width], y = matrix x; or `left` [width, r], `right` [r, width], y = left right x |
     | sae | `encoder`, `decoder` [features, width], `encoder_bias` [features]; `threshold` [features] for jumprelu |
+    | preset | none: it has `interventions`, and no sites |
 
-    `activation` is the SAE's: feature k of x is activation(x . encoder_k + encoder_bias_k). `strength_range` is
-    (lowest, highest) sensible strength; `h_norm` is the mean L2 norm of the activation at each layer, in the model's
-    own units; `files` is filled in at publication.
+    `activation` is the SAE's: feature k of x is activation(x . encoder_k + encoder_bias_k). `labels` is the file that
+    names its features. `strength_range` is (lowest, highest) sensible strength; `h_norm` is the mean L2 norm of the
+    activation at each layer, in the model's own units; `files` is filled in at publication.
     """
 
     schema_version: Literal[1]
     kind: Kind
     description: str = ""
     model: ModelSpec
-    sites: Annotated[list[Site], Field(min_length=1)]
+    sites: list[Site] = []
     activation: Activation | None = None
+    labels: Text | None = None
+    interventions: Annotated[list[PresetItem], Field(min_length=1)] | None = None
     default_strength: FiniteFloat
     strength_range: tuple[FiniteFloat, FiniteFloat] | None = None
     default_layers: list[NonNegativeInt] | None = None
@@ -153,6 +183,7 @@ class Manifest(_Part):
 
     @property
     def point(self) -> Point:
+        """The point that all sites are at. IndexError for a preset, which has none."""
         return self.sites[0].point
 
     @property
@@ -186,6 +217,23 @@ def parse_manifest(source: Manifest | Mapping[str, object] | str | bytes) -> Man
         raise _refusal(exc) from None
     check_manifest(manifest)
     return manifest
+
+
+def read_manifest(text: str | bytes) -> Manifest:
+    """Read a manifest that was published, by this release or by an earlier one. Raises InvalidManifest."""
+    try:
+        return Manifest.model_validate_json(migrated(text))
+    except ValidationError as exc:
+        raise _refusal(exc) from None
+
+
+def json_schema() -> dict[str, JsonValue]:
+    """The JSON Schema (draft 2020-12) of a manifest, as it is published in `docs/manifest.schema.json`.
+
+    What two fields owe to each other is not in it: publication checks that too.
+    """
+    schema = Manifest.model_json_schema(mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "polyhelm artifact manifest"}
 
 
 def canonical_json(manifest: Manifest) -> bytes:

@@ -26,13 +26,16 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
-    fields = [(f"sites.{i}.file", site.file) for i, site in enumerate(manifest.sites)]
-    fields += [(f"files.{i}.path", entry.path) for i, entry in enumerate(manifest.files)]
-    for param, path in fields:
+    fields = [(f"sites.{i}.file", site.file, ".safetensors") for i, site in enumerate(manifest.sites)]
+    fields += [(f"files.{i}.path", entry.path, "") for i, entry in enumerate(manifest.files)]
+    fields += [("labels", manifest.labels, ".jsonl")] if manifest.labels is not None else []
+    for param, path, suffix in fields:
         try:
             check_file_path(path)
         except (InvalidName, UnsupportedFile) as exc:
             raise InvalidManifest(f"{param}: {exc.message}", param) from None
+        if not path.endswith(suffix):
+            raise InvalidManifest(f"{param}: {path!r} must be a {suffix} file; convert it", param)
     if repeated := _repeated(entry.path for entry in manifest.files):
         raise InvalidManifest(f"files: {repeated!r} is listed twice; list each file once", "files")
 

@@ -1,6 +1,7 @@
-"""The store: publish, resolve, list, load and verify artifacts under one folder.
+"""The store: publish, resolve, list, load, verify, name, yank, delete and collect artifacts under one folder.
 
-<root>/store.sqlite      which versions exist
+<root>/store.sqlite      which versions exist, their aliases, and who changed what
+<root>/leases.sqlite     which of them running requests need
 <root>/blobs/sha256/ab/  their files, by digest
 <root>/tmp/              files on their way in
 """
@@ -8,64 +9,35 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
-from steering_store.blobs import Blobs, Source, StagedFile
+from steering_store import aliases, audit, garbage, presets
+from steering_store.aliases import Alias
+from steering_store.blobs import Blobs, Source, StagedFile, check_hash, corrupt
 from steering_store.db import connect, migrate, transaction
-from steering_store.errors import ArtifactNotFound, CorruptArtifact, InvalidManifest, TooLarge
+from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, InvalidManifest, InvalidTensor, TooLarge
+from steering_store.garbage import GRACE_SECONDS, Garbage
+from steering_store.holders import holders
+from steering_store.labels import check_labels, read_labels
+from steering_store.leases import Lease, Leases
 from steering_store.lookup import Remembered
-from steering_store.manifest import (
-    FileEntry,
-    Manifest,
-    canonical_json,
-    digest_of,
-    parse_manifest,
+from steering_store.manifest import FileEntry, Manifest, canonical_json, digest_of, parse_manifest
+from steering_store.records import (
+    ArtifactVersion,
+    AuditEntry,
+    Page,
+    Problem,
+    Publication,
+    find_row,
+    not_found,
+    problems_of,
+    version_of,
 )
-from steering_store.reference import Reference, check_file_path, check_name, parse_reference
-from steering_store.tensors import Tensor, check_tensors, read_tensors
-
-
-@dataclass(frozen=True)
-class ArtifactVersion:
-    """One published version. `digest` is `sha256:HEX64` of the manifest, `created_at` the time of publication (UTC)."""
-
-    name: str
-    version: int
-    digest: str
-    manifest: Manifest
-    created_at: datetime
-
-    @property
-    def ref(self) -> str:
-        """`name@version`."""
-        return f"{self.name}@{self.version}"
-
-
-class Publication(NamedTuple):
-    """What a publication led to; `created` is False where the same artifact was there already."""
-
-    version: ArtifactVersion
-    created: bool
-
-
-class Page(NamedTuple):
-    """A part of a list, and whether there is more behind it."""
-
-    items: list[ArtifactVersion]
-    has_more: bool
-
-
-class Problem(NamedTuple):
-    """Something that `verify` found: the version, the file (None: the manifest), and what to do."""
-
-    ref: str
-    file: str | None
-    message: str
+from steering_store.reference import Reference, check_alias, check_file_path, check_name, parse_reference
+from steering_store.tensors import Tensor, check_tensors, read_hashed, read_tensors
 
 
 class Store:
@@ -77,6 +49,7 @@ class Store:
         self._blobs = Blobs(root)
         self._database = root / "store.sqlite"
         migrate(self._database)
+        self._leases = Leases(self._database)
         self._remembered: Remembered[ArtifactVersion] = Remembered(self._database)
 
     def publish(
@@ -84,102 +57,225 @@ class Store:
     ) -> Publication:
         """Publish files (by their path in the artifact) as the next version of `name`; all of it, or nothing.
 
-        The manifest's `files` may be left out; where given, they must match. Raises InvalidName, InvalidManifest,
-        InvalidTensor, UnsupportedFile, TooLarge, StoreBusy or StoreFull.
+        The manifest's `files` may be left out; where given, they must match. A preset has no files, and its references
+        are pinned to what they mean now. Raises InvalidName, InvalidManifest, InvalidTensor, UnsupportedFile, TooLarge,
+        ArtifactNotFound for an artifact of a preset, StoreBusy or StoreFull.
         """
         check_name(name)
         if len(files) > self.max_files:
             raise TooLarge(f"files: {len(files)} of them, and at most {self.max_files} are accepted", "files")
         for path in files:
             check_file_path(path)
-        draft = parse_manifest(manifest)
+        draft = presets.pinned(parse_manifest(manifest), self.resolve)
         _check_complete(draft, files)
         with ExitStack() as cleanup:
             staged = self._stage(files, cleanup)
-            check_tensors(draft, {path: file.path for path, file in staged.items()})
-            final = _with_files(draft, staged)
-            for file in staged.values():
-                self._blobs.adopt(file)
-        return self._insert(name, final)
+            _check_content(draft, staged)
+            return self._insert(name, _with_files(draft, staged), staged)
 
     def resolve(self, ref: str | Reference) -> ArtifactVersion:
-        """Find a version; without a ref, the highest. Raises InvalidName, InvalidReference or ArtifactNotFound."""
-        key = str(ref)
-        known = self._remembered.get(key)
-        if known is None:
-            seen = self._remembered.seen
-            known = _version(self._row(ref))
-            self._remembered.put(key, known, seen)
-        return known
+        """Find a version: `name@3`, `name@production`, `name@sha256:…`, or `name` for the highest that isn't yanked.
 
-    def list_artifacts(self, *, kind: str | None = None, after: str | None = None, limit: int = 100) -> Page:
-        """The highest version of each artifact, by name, beginning behind the name `after`."""
+        Raises InvalidName, InvalidReference or ArtifactNotFound.
+        """
+        return self._remembered.get(str(ref), lambda db: version_of(find_row(db, _reference(ref))))
+
+    def list_artifacts(
+        self, *, kind: str | None = None, model: str | None = None, after: str | None = None, limit: int = 100
+    ) -> Page:
+        """The highest version of each artifact that isn't yanked, by name, beginning behind the name `after`.
+
+        `model` is a model's name or architecture, as the manifest writes it.
+        """
         query = """
             SELECT versions.* FROM versions
-            JOIN (SELECT name, MAX(version) AS version FROM versions WHERE name > ? GROUP BY name) USING (name, version)
-            WHERE ? IS NULL OR kind = ? ORDER BY name LIMIT ?
+            JOIN (
+                SELECT name, MAX(version) AS version FROM versions WHERE name > ?1 AND yanked_at IS NULL GROUP BY name
+            ) USING (name, version)
+            WHERE (?2 IS NULL OR kind = ?2) AND (
+                ?3 IS NULL OR ?3 IN (manifest ->> '$.model.name', manifest ->> '$.model.architecture')
+            ) ORDER BY name LIMIT ?4
         """
         with connect(self._database) as db:
-            rows = db.execute(query, (after or "", kind, kind, limit + 1)).fetchall()
-        return Page([_version(row) for row in rows[:limit]], has_more=len(rows) > limit)
+            rows = db.execute(query, (after or "", kind, model, limit + 1)).fetchall()
+        return Page([version_of(row) for row in rows[:limit]], has_more=len(rows) > limit)
 
-    def versions(self, name: str) -> list[ArtifactVersion]:
-        """Every version of an artifact, oldest first. Raises InvalidName or ArtifactNotFound."""
+    def versions(self, name: str, *, include_yanked: bool = False) -> list[ArtifactVersion]:
+        """The versions of an artifact, oldest first. Raises InvalidName, or ArtifactNotFound where there is none."""
         check_name(name)
+        query = "SELECT * FROM versions WHERE name = ? AND (? OR yanked_at IS NULL) ORDER BY version"
         with connect(self._database) as db:
-            rows = db.execute("SELECT * FROM versions WHERE name = ? ORDER BY version", (name,)).fetchall()
+            rows = db.execute(query, (name, include_yanked)).fetchall()
         if not rows:
-            raise _not_found(Reference(name))
-        return [_version(row) for row in rows]
+            raise not_found(Reference(name))
+        return [version_of(row) for row in rows]
 
     def file_path(self, version: ArtifactVersion, path: str) -> Path:
         """Where a file of a version lies, its bytes verified just now. Raises ArtifactNotFound or CorruptArtifact."""
-        for entry in version.manifest.files:
-            if entry.path == path:
-                return self._blobs.verified_path(entry)
-        known = [entry.path for entry in version.manifest.files]
-        raise ArtifactNotFound(f"{version.ref} has no file {path!r}; it has {known}", "path")
+        with self._unless_deleted(version):
+            return self._blobs.verified_path(_entry(version, path))
 
     def load_tensors(
         self, version: ArtifactVersion, wanted: Mapping[str, Sequence[int] | None] | None = None
     ) -> dict[str, Tensor]:
         """Tensors of a version by name, as float32 or int64: all, or those `wanted`, of which only the given rows.
 
-        Every file that is read is hashed first. Raises CorruptArtifact.
+        Every file that is read is hashed. What is held in memory is what is returned, and a few megabytes. Raises
+        CorruptArtifact, or ArtifactNotFound where the version was deleted since it was resolved.
         """
         tensors: dict[str, Tensor] = {}
-        for entry in version.manifest.files:
-            if wanted is None:
-                tensors |= read_tensors(self._blobs.read(entry))
-                continue
-            here = {site.tensor for site in version.manifest.sites if site.file == entry.path}
-            if chosen := {name: rows for name, rows in wanted.items() if name in here}:
-                tensors |= read_tensors(self._blobs.verified_path(entry), chosen)
+        with self._unless_deleted(version):
+            for entry in version.manifest.files:
+                names = {site.tensor for site in version.manifest.sites if site.file == entry.path}
+                if wanted is None and names:
+                    tensors |= self._whole_file(entry)
+                elif chosen := {name: rows for name, rows in (wanted or {}).items() if name in names}:
+                    with self._blobs.open_verified(entry) as stream:
+                        tensors |= read_tensors(stream, chosen)
         return tensors
+
+    def feature_labels(self, version: ArtifactVersion, indices: Collection[int] | None = None) -> dict[int, str]:
+        """What an SAE's features are called, by index: all that have a label, or those of `indices` that do.
+
+        Empty for an artifact without labels. Raises CorruptArtifact or ArtifactNotFound.
+        """
+        if version.manifest.labels is None:
+            return {}
+        with self._unless_deleted(version), self._blobs.open_verified(_entry(version, version.manifest.labels)) as file:
+            return read_labels(file, indices)
 
     def verify(self, ref: str | Reference | None = None) -> list[Problem]:
         """Hash one version, or every one, and say what is damaged; an empty list means nothing is."""
         with connect(self._database) as db:
-            rows = [self._row(ref)] if ref else db.execute("SELECT * FROM versions ORDER BY name, version").fetchall()
-        return [problem for row in rows for problem in self._problems(row)]
+            query = "SELECT * FROM versions ORDER BY name, version"
+            rows = db.execute(query).fetchall() if ref is None else [find_row(db, _reference(ref))]
+        return [problem for row in rows for problem in problems_of(row, self._blobs)]
+
+    def aliases(self, name: str) -> list[Alias]:
+        """The aliases of an artifact, in order, each with the etag that a later move is compared with.
+
+        Raises InvalidName or ArtifactNotFound.
+        """
+        with self._artifact(name) as db:
+            return aliases.of_artifact(db, name)
+
+    def set_alias(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        *,
+        expected: str | None = None,
+        by: str | None = None,
+        reason: str | None = None,
+    ) -> Alias:
+        """Point an alias at a version, if it is still in the state that the caller has seen.
+
+        `expected` is the etag that it must have, `ABSENT` where it must not exist yet, or None to move it in any case.
+        Moving it to where it points changes nothing. Raises InvalidName, ArtifactNotFound, Yanked or
+        PreconditionFailed, which carries the current etag.
+        """
+        check_alias(alias)
+        with connect(self._database) as db, transaction(db):
+            return aliases.move(db, name, alias, version, expected=expected, by=by, reason=reason)
+
+    def delete_alias(
+        self, name: str, alias: str, *, expected: str | None = None, by: str | None = None, reason: str | None = None
+    ) -> None:
+        """Delete an alias, if it has the etag `expected` (None: in any case).
+
+        Raises InvalidName, ArtifactNotFound or PreconditionFailed.
+        """
+        check_alias(alias)
+        with self._artifact(name) as db, transaction(db):
+            aliases.remove(db, name, alias, expected=expected, by=by, reason=reason)
+
+    def alias_history(self, name: str, alias: str | None = None) -> list[AuditEntry]:
+        """Every move of an artifact's aliases, or of one of them, oldest first.
+
+        Raises InvalidName or ArtifactNotFound.
+        """
+        return [entry for entry in self.history(name, alias) if entry.alias is not None]
+
+    def history(self, name: str, alias: str | None = None) -> list[AuditEntry]:
+        """The audit trail of an artifact: moves of aliases, yanks and deletions, oldest first.
+
+        Raises InvalidName or ArtifactNotFound.
+        """
+        with self._artifact(name) as db:
+            return audit.entries(db, name, alias)
+
+    def yank(self, name: str, version: int, *, by: str | None = None, reason: str | None = None) -> ArtifactVersion:
+        """Hide a version from lists and from `name` without a ref; its number, its digest and aliases that point at it
+        still find it. Yanking it again changes nothing. Raises InvalidName or ArtifactNotFound."""
+        now = datetime.now(UTC).isoformat()
+        return self._set_yanked(name, version, "yank", now, by, reason)
+
+    def unyank(self, name: str, version: int, *, by: str | None = None, reason: str | None = None) -> ArtifactVersion:
+        """Show a yanked version again. Raises InvalidName or ArtifactNotFound."""
+        return self._set_yanked(name, version, "unyank", None, by, reason)
+
+    def delete_version(self, name: str, version: int, *, by: str | None = None, reason: str | None = None) -> None:
+        """Delete a version for good. Its number is never given again; its files go with the next garbage collection.
+
+        Raises InvalidName, ArtifactNotFound, or InUse while an alias, a preset or a lease holds it.
+        """
+        with self._leases.with_versions() as db, transaction(db):
+            row = find_row(db, Reference(name, version))
+            if held_by := holders(db, name, version, row["digest"]):
+                raise InUse(
+                    f"{name}@{version} is held by {', '.join(held_by)}; move, delete or end these first, or yank it",
+                    "version",
+                    holders=held_by,
+                )
+            audit.record(db, name, "delete", before=version, by=by, reason=reason)
+            db.execute("DELETE FROM versions WHERE name = ? AND version = ?", (name, version))
+            garbage.begin_grace(self._blobs, row)
+
+    def lease(self, digest: str, holder: str, seconds: float) -> Lease:
+        """Keep the versions with this digest from deletion for some seconds; again, to keep them for longer.
+
+        `holder` names a process or a request, and is told to whoever tries to delete. Raises ArtifactNotFound.
+        """
+        return self._leases.take(digest, holder, seconds)
+
+    def renew_leases(self, holder: str, seconds: float) -> list[str]:
+        """Prolong every lease of a holder that hasn't run out, to `seconds` from now, and return their digests.
+
+        A digest that is missing has run out and may be gone: lease it again.
+        """
+        return self._leases.renew(holder, seconds)
+
+    def release(self, holder: str, digest: str | None = None) -> None:
+        """End a holder's lease on a digest, or all its leases; one that has run out is no error."""
+        self._leases.release(holder, digest)
+
+    def collect_garbage(self, *, grace_seconds: float = GRACE_SECONDS, dry_run: bool = True) -> Garbage:
+        """Find the files that no version needs and nobody writes, untouched for `grace_seconds`; remove them unless
+        `dry_run`. Safe at any grace while others publish. Raises CorruptArtifact where a manifest can't be trusted."""
+        return garbage.collect(self._blobs, self._leases, grace_seconds=grace_seconds, dry_run=dry_run)
 
     def _stage(self, files: Mapping[str, Source], cleanup: ExitStack) -> dict[str, StagedFile]:
         staged: dict[str, StagedFile] = {}
         room = self.max_bytes
         for path, source in files.items():
-            staged[path] = self._blobs.stage(source, room)
-            cleanup.callback(staged[path].path.unlink, missing_ok=True)
+            staged[path] = cleanup.enter_context(self._blobs.stage(source, room))
             room -= staged[path].size
         return staged
 
-    def _insert(self, name: str, manifest: Manifest) -> Publication:
+    def _insert(self, name: str, manifest: Manifest, staged: Mapping[str, StagedFile]) -> Publication:
         text = canonical_json(manifest)
         now = datetime.now(UTC).isoformat()
         row = (name, digest_of(text), manifest.kind, text.decode(), now)
+        # The blobs are put in place under the same lock as the row, so that no sweep comes between the two.
         with connect(self._database) as db, transaction(db):
+            for file in staged.values():
+                self._blobs.adopt(file)
+            for reference in presets.references(manifest):
+                find_row(db, parse_reference(reference))
             found = db.execute("SELECT * FROM versions WHERE name = ? AND digest = ?", row[:2]).fetchone()
             if found is not None:
-                return Publication(_version(found), created=False)
+                return Publication(version_of(found), created=False)
             number = db.execute(
                 "INSERT INTO artifacts VALUES (?, 1, ?) "
                 "ON CONFLICT (name) DO UPDATE SET last_version = last_version + 1 RETURNING last_version",
@@ -190,54 +286,76 @@ class Store:
                 "VALUES (?, ?, ?, ?, ?, ?) RETURNING *",
                 (name, number, *row[1:]),
             ).fetchone()
-        return Publication(_version(added), created=True)
+        return Publication(version_of(added), created=True)
 
-    def _row(self, ref: str | Reference) -> sqlite3.Row:
-        reference = parse_reference(ref) if isinstance(ref, str) else ref
-        query = """
-            SELECT * FROM versions WHERE name = ?1 AND (?2 IS NULL OR version = ?2) AND (?3 IS NULL OR digest = ?3)
-            ORDER BY version DESC LIMIT 1
-        """
-        with connect(self._database) as db:
-            row = db.execute(query, (check_name(reference.name), reference.version, reference.digest)).fetchone()
-        if row is None:
-            raise _not_found(reference)
-        assert isinstance(row, sqlite3.Row)
-        return row
+    def _set_yanked(
+        self, name: str, version: int, action: str, at: str | None, by: str | None, reason: str | None
+    ) -> ArtifactVersion:
+        reference = Reference(name, version)
+        with connect(self._database) as db, transaction(db):
+            if (find_row(db, reference)["yanked_at"] is None) != (at is None):
+                audit.record(db, name, action, before=version, after=version, by=by, reason=reason)
+                db.execute(
+                    "UPDATE versions SET yanked_at = ?, yank_reason = ? WHERE name = ? AND version = ?",
+                    (at, reason if at else None, name, version),
+                )
+            return version_of(find_row(db, reference))
 
-    def _problems(self, row: sqlite3.Row) -> list[Problem]:
-        ref = f"{row['name']}@{row['version']}"
-        try:
-            version = _version(row)
-        except CorruptArtifact as exc:
-            return [Problem(ref, None, exc.message)]
-        problems = []
-        for entry in version.manifest.files:
+    def _whole_file(self, entry: FileEntry) -> dict[str, Tensor]:
+        with self._blobs.open(entry) as stream:
             try:
-                self._blobs.verified_path(entry)
-            except CorruptArtifact as exc:
-                problems.append(Problem(ref, entry.path, exc.message))
-        return problems
+                tensors, found = read_hashed(stream, entry.path)
+            except InvalidTensor as exc:
+                # It was a whole file when it was published.
+                raise corrupt(entry, "no longer has the bytes that were published") from exc
+        check_hash(entry, found)
+        return tensors
+
+    @contextmanager
+    def _artifact(self, name: str) -> Iterator[sqlite3.Connection]:
+        """The database, once the artifact is known to exist."""
+        check_name(name)
+        with connect(self._database) as db:
+            if db.execute("SELECT 1 FROM artifacts WHERE name = ?", (name,)).fetchone() is None:
+                raise not_found(Reference(name))
+            yield db
+
+    @contextmanager
+    def _unless_deleted(self, version: ArtifactVersion) -> Iterator[None]:
+        try:
+            yield
+        except CorruptArtifact:
+            # A file that is gone with its version isn't damage.
+            with connect(self._database) as db:
+                find_row(db, Reference(version.name, digest=version.digest))
+            raise
 
 
-def _version(row: sqlite3.Row) -> ArtifactVersion:
-    text: str = row["manifest"]
-    if digest_of(text.encode()) != row["digest"]:
-        raise CorruptArtifact(
-            f"the manifest of {row['name']}@{row['version']} no longer has its digest; restore the database", "manifest"
-        )
-    manifest = Manifest.model_validate_json(text)
-    return ArtifactVersion(
-        row["name"], row["version"], row["digest"], manifest, datetime.fromisoformat(row["created_at"])
-    )
+def _reference(ref: str | Reference) -> Reference:
+    return parse_reference(ref) if isinstance(ref, str) else ref
+
+
+def _entry(version: ArtifactVersion, path: str) -> FileEntry:
+    for entry in version.manifest.files:
+        if entry.path == path:
+            return entry
+    known = [entry.path for entry in version.manifest.files]
+    raise ArtifactNotFound(f"{version.ref} has no file {path!r}; it has {known}", "path")
 
 
 def _check_complete(manifest: Manifest, files: Mapping[str, Source]) -> None:
-    needed = {site.file for site in manifest.sites}
+    needed = {site.file for site in manifest.sites} | ({manifest.labels} if manifest.labels else set())
     if needed - set(files):
-        raise InvalidManifest(f"files: {sorted(needed - set(files))} are used by sites and missing; send them", "files")
+        raise InvalidManifest(f"files: {sorted(needed - set(files))} are named and missing; send them", "files")
     if set(files) - needed:
-        raise InvalidManifest(f"files: no site uses {sorted(set(files) - needed)}; leave them out", "files")
+        raise InvalidManifest(f"files: no field names {sorted(set(files) - needed)}; leave them out", "files")
+
+
+def _check_content(manifest: Manifest, staged: Mapping[str, StagedFile]) -> None:
+    check_tensors(manifest, {path: file.path for path, file in staged.items() if path != manifest.labels})
+    if manifest.labels is not None:
+        with staged[manifest.labels].path.open("rb") as stream:
+            check_labels(manifest, stream)
 
 
 def _with_files(manifest: Manifest, staged: Mapping[str, StagedFile]) -> Manifest:
@@ -246,7 +364,3 @@ def _with_files(manifest: Manifest, staged: Mapping[str, StagedFile]) -> Manifes
     if declared and declared != entries:
         raise InvalidManifest("files: the list differs from the files sent; correct it, or leave it out", "files")
     return manifest.model_copy(update={"files": entries})
-
-
-def _not_found(reference: Reference) -> ArtifactNotFound:
-    return ArtifactNotFound(f"no artifact {str(reference)!r}; list the artifacts to see which there are", "ref")

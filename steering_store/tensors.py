@@ -6,8 +6,10 @@ numpy knows no bfloat16, so values are read here: the upper half of a float32's 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -114,20 +116,42 @@ def _check_indices(indices: Tensor, file: str, name: str, width: int) -> None:
         raise InvalidTensor(f"file {file!r}: tensor {name!r} holds an index twice; list each once", "files")
 
 
-def read_tensors(source: Path | bytes, wanted: Mapping[str, Sequence[int] | None] | None = None) -> dict[str, Tensor]:
+def read_tensors(
+    source: Path | bytes | BinaryIO, wanted: Mapping[str, Sequence[int] | None] | None = None
+) -> dict[str, Tensor]:
     """Read tensors of a safetensors file, or of its bytes; all of them, or those `wanted`, by name.
 
     With rows given for a tensor, only these are read, so that a few rows of a large one cost little memory. Raises
     InvalidTensor, KeyError for a wanted tensor that isn't there, and IndexError for such a row.
     """
     file = source.name if isinstance(source, Path) else "<bytes>"
-    with source.open("rb") if isinstance(source, Path) else BytesIO(source) as stream:
+    with _opened(source) as stream:
         entries = read_header(stream, file)
         names: Mapping[str, Sequence[int] | None] = dict.fromkeys(entries) if wanted is None else wanted
         return {
             name: _whole(stream, entries[name]) if rows is None else _rows(stream, entries[name], rows)
             for name, rows in names.items()
         }
+
+
+def read_hashed(stream: BinaryIO, file: str) -> tuple[dict[str, Tensor], str]:
+    """Every tensor of a safetensors stream, and the SHA-256 (hex) of the very bytes that they were made of.
+
+    The tensors are written straight into their arrays, so that nothing is in memory twice. Raises InvalidTensor.
+    """
+    entries = read_header(stream, file)
+    stream.seek(0)
+    hasher = hashlib.sha256(stream.read(min((entry.start for entry in entries.values()), default=-1)))
+    tensors = {}
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        tensors[name] = _whole(stream, entry, hasher.update)
+    return {name: tensors[name] for name in entries}, hasher.hexdigest()
+
+
+def _opened(source: Path | bytes | BinaryIO) -> contextlib.AbstractContextManager[BinaryIO]:
+    if isinstance(source, Path):
+        return source.open("rb")
+    return BytesIO(source) if isinstance(source, bytes) else contextlib.nullcontext(source)
 
 
 def _parse_header(raw: bytes, file: str) -> dict[str, _HeaderEntry]:
@@ -192,10 +216,13 @@ def _check_against(manifest: Manifest, file: str, tensors: Mapping[str, TensorEn
         )
 
 
-def _whole(stream: BinaryIO, entry: TensorEntry) -> Tensor:
-    pieces = [_decoded(b"", entry.dtype), *_values(stream, entry)]
-    whole: Tensor = np.concatenate(pieces).reshape(entry.shape)
-    return whole
+def _whole(stream: BinaryIO, entry: TensorEntry, seen: Callable[[bytes], None] | None = None) -> Tensor:
+    whole: Tensor = np.empty(math.prod(entry.shape), np.int64 if entry.dtype in INTEGERS else np.float32)
+    done = 0
+    for values in _values(stream, entry, seen):
+        whole[done : done + len(values)] = values
+        done += len(values)
+    return whole.reshape(entry.shape)
 
 
 def _rows(stream: BinaryIO, entry: TensorEntry, rows: Sequence[int]) -> Tensor:
@@ -211,10 +238,14 @@ def _rows(stream: BinaryIO, entry: TensorEntry, rows: Sequence[int]) -> Tensor:
     return np.stack(taken).reshape(len(rows), *shape)
 
 
-def _values(stream: BinaryIO, entry: TensorEntry) -> Iterator[Tensor]:
+def _values(stream: BinaryIO, entry: TensorEntry, seen: Callable[[bytes], None] | None = None) -> Iterator[Tensor]:
+    """The values, flat, in pieces; `seen` is given the bytes of each."""
     stream.seek(entry.start)
     for done in range(0, entry.size, CHUNK_BYTES):
-        yield _decoded(stream.read(min(CHUNK_BYTES, entry.size - done)), entry.dtype)
+        raw = stream.read(min(CHUNK_BYTES, entry.size - done))
+        if seen is not None:
+            seen(raw)
+        yield _decoded(raw, entry.dtype)
 
 
 def _decoded(raw: bytes, dtype: str) -> Tensor:

@@ -1,23 +1,34 @@
-"""`/v1/artifacts`: list, read and publish what the store holds."""
+"""`/v1/artifacts`: list, read, publish, yank and delete what the store holds."""
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
-from pydantic import BaseModel
 
-from server.api.errors import EnvelopeRoute
+from server.api.admin import admin_scope
+from server.api.artifact_models import (
+    Artifact,
+    ArtifactList,
+    ArtifactVersions,
+    Change,
+    StoreDep,
+    Version,
+    VersionAlias,
+    Words,
+)
+from server.api.errors import ApiError, EnvelopeRoute
+from server.api.etags import ANY, is_known, quoted
 from server.api.uploads import read_upload
-from steering_store import ArtifactVersion, Manifest, Reference, Store, parse_reference
-from steering_store.manifest import Kind
+from steering_store import ArtifactVersion, Page, Reference, Store, parse_reference
+from steering_store.manifest import Kind, json_schema
+from steering_store.reference import LATEST
 
-router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"], route_class=EnvelopeRoute)
+router = APIRouter(
+    prefix="/v1/artifacts", tags=["artifacts"], route_class=EnvelopeRoute, dependencies=[Depends(admin_scope)]
+)
 
-IMMUTABLE = "public, max-age=31536000, immutable"
 REVALIDATE = "no-cache"
 
 _MULTIPART = {
@@ -27,7 +38,7 @@ _MULTIPART = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": ["manifest", "files"],
+                    "required": ["manifest"],
                     "properties": {
                         "manifest": {"type": "string", "description": "The manifest, as JSON"},
                         "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
@@ -39,66 +50,21 @@ _MULTIPART = {
 }
 
 
-class Artifact(BaseModel):
-    """An artifact by its name, as of its highest version."""
-
-    id: str
-    object: Literal["artifact"] = "artifact"
-    kind: Kind
-    description: str
-    latest_version: int
-    digest: str
-    created_at: datetime
-
-
-class ArtifactList(BaseModel):
-    """A page of artifacts; pass `last_id` as `after` for the next."""
-
-    object: Literal["list"] = "list"
-    data: list[Artifact]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
-class Version(BaseModel):
-    """One version of an artifact. `digest` is the SHA-256 of the manifest in canonical form."""
-
-    id: str
-    object: Literal["artifact.version"] = "artifact.version"
-    name: str
-    version: int
-    digest: str
-    created_at: datetime
-    manifest: Manifest
-
-
-class ArtifactVersions(Artifact):
-    """An artifact with all its versions, oldest first."""
-
-    versions: list[Version]
-
-
-async def get_store(request: Request) -> Store:
-    """The store of the running server."""
-    store = request.app.state.polyhelm.store
-    assert isinstance(store, Store)
-    return store
-
-
-StoreDep = Annotated[Store, Depends(get_store)]
-
-
 @router.get("", operation_id="list_artifacts")
 def list_artifacts(
     store: StoreDep,
     kind: Kind | None = None,
+    model: str | None = None,
+    prefix: Annotated[str, Query(max_length=64, pattern="^[a-z0-9._-]*$")] = "",
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ArtifactList:
-    """List the artifacts by name, each as of its highest version."""
-    page = store.list_artifacts(kind=kind, after=after, limit=limit)
-    data = [_artifact(version) for version in page.items]
+    """List the artifacts by name, each as of its highest version that isn't yanked.
+
+    `model` is a name or an architecture as manifests write it, and `prefix` the beginning of artifacts' names.
+    """
+    page = list_prefix(store, prefix, kind=kind, model=model, after=after, limit=limit)
+    data = [Artifact.of(version) for version in page.items]
     return ArtifactList(
         data=data,
         first_id=data[0].id if data else None,
@@ -107,33 +73,40 @@ def list_artifacts(
     )
 
 
+@router.get("/schema", operation_id="get_manifest_schema")
+def get_manifest_schema() -> dict[str, Any]:
+    """The JSON Schema of a manifest."""
+    return json_schema()
+
+
 @router.get("/{name}", operation_id="get_artifact", response_model_exclude_none=True)
 def get_artifact(store: StoreDep, name: str) -> ArtifactVersions:
-    """Read an artifact with all its versions."""
-    versions = store.versions(name)
-    summary = _artifact(versions[-1])
-    return ArtifactVersions(**summary.model_dump(), versions=[_version(version) for version in versions])
-
-
-@router.get("/{name}/versions/{ref}", operation_id="get_artifact_version", response_model_exclude_none=True)
-def get_artifact_version(store: StoreDep, name: str, ref: str, response: Response) -> Version:
-    """Read one version; `ref` is a version number, `sha256:HEX64` or `latest`."""
-    version = _resolve(store, name, ref)
-    response.headers.update(_cache_headers(version.digest, ref))
-    return _version(version)
+    """Read an artifact with all its versions and aliases."""
+    versions = store.versions(name, include_yanked=True)
+    latest = next((version for version in reversed(versions) if not version.yanked), versions[-1])
+    return ArtifactVersions(
+        **Artifact.of(latest).model_dump(),
+        versions=[Version.of(version) for version in versions],
+        aliases=[VersionAlias.of(alias) for alias in store.aliases(name)],
+    )
 
 
 @router.get(
-    "/{name}/versions/{ref}/files/{path:path}", operation_id="download_artifact_file", response_class=FileResponse
+    "/{name}/versions/{ref}",
+    operation_id="get_artifact_version",
+    response_model=Version,
+    response_model_exclude_none=True,
 )
-def download_artifact_file(store: StoreDep, name: str, ref: str, path: str, request: Request) -> Response:
-    """Download one file of a version. Ranges are answered; the bytes are verified before any is sent."""
-    version = _resolve(store, name, ref)
-    location = store.file_path(version, path)
-    headers = _cache_headers(f"sha256:{location.name}", ref)
-    if headers["ETag"] in request.headers.get("if-none-match", ""):
+def get_artifact_version(store: StoreDep, name: str, ref: str, request: Request, response: Response) -> Any:
+    """Read one version; `ref` is a version number, an alias, `sha256:HEX64` or `latest`."""
+    version = resolve(store, name, ref)
+    # Yanking changes what is answered, and the digest stays.
+    etag = version.digest + (";yanked" if version.yanked else "")
+    headers = {"ETag": quoted(etag), "Cache-Control": REVALIDATE}
+    if is_known(request, etag):
         return Response(status_code=304, headers=headers)
-    return FileResponse(location, media_type="application/octet-stream", filename=path, headers=headers)
+    response.headers.update(headers)
+    return Version.of(version)
 
 
 @router.post(
@@ -145,40 +118,58 @@ def download_artifact_file(store: StoreDep, name: str, ref: str, path: str, requ
     openapi_extra=_MULTIPART,
 )
 async def publish_artifact_version(store: StoreDep, name: str, request: Request, response: Response) -> Version:
-    """Publish a version: a part `manifest` (JSON), and one part per file, called by its file name in the manifest."""
+    """Publish a version: a part `manifest` (JSON), and one part per file, called by its file name in the manifest.
+
+    With `If-None-Match: *`, an artifact that was published before is refused with 412.
+    """
     async with read_upload(request, max_bytes=store.max_bytes, max_files=store.max_files) as upload:
         version, created = await run_in_threadpool(store.publish, name, upload.manifest, upload.files)
+    if not created and request.headers.get("if-none-match", "").strip() == ANY:
+        raise ApiError(412, f"the same artifact was published before, as {version.ref}", "manifest")
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"{router.prefix}/{name}/versions/{version.version}"
-    response.headers["ETag"] = f'"{version.digest}"'
-    return _version(version)
+    response.headers["ETag"] = quoted(version.digest)
+    return Version.of(version)
 
 
-def _resolve(store: Store, name: str, ref: str) -> ArtifactVersion:
-    return store.resolve(Reference(name) if ref == "latest" else parse_reference(f"{name}@{ref}"))
+@router.delete("/{name}/versions/{version}", operation_id="delete_artifact_version", status_code=204)
+async def delete_artifact_version(
+    request: Request, store: StoreDep, name: str, version: int, by: Words | None = None, reason: Words | None = None
+) -> None:
+    """Delete a version for good; 409 while an alias, a preset or a running request needs it."""
+    await request.app.state.polyhelm.leases.let_go()
+    await run_in_threadpool(store.delete_version, name, version, by=by, reason=reason)
 
 
-def _cache_headers(digest: str, ref: str) -> dict[str, str]:
-    return {"ETag": f'"{digest}"', "Cache-Control": REVALIDATE if ref == "latest" else IMMUTABLE}
+@router.post("/{name}/versions/{version}/yank", operation_id="yank_artifact_version", response_model_exclude_none=True)
+def yank_artifact_version(store: StoreDep, name: str, version: int, change: Change | None = None) -> Version:
+    """Hide a version from lists and from `latest`. Its number, its digest and its aliases still find it."""
+    return Version.of(store.yank(name, version, **_stated(change)))
 
 
-def _artifact(version: ArtifactVersion) -> Artifact:
-    return Artifact(
-        id=version.name,
-        kind=version.manifest.kind,
-        description=version.manifest.description,
-        latest_version=version.version,
-        digest=version.digest,
-        created_at=version.created_at,
-    )
+@router.post(
+    "/{name}/versions/{version}/unyank", operation_id="unyank_artifact_version", response_model_exclude_none=True
+)
+def unyank_artifact_version(store: StoreDep, name: str, version: int, change: Change | None = None) -> Version:
+    """Show a yanked version again."""
+    return Version.of(store.unyank(name, version, **_stated(change)))
 
 
-def _version(version: ArtifactVersion) -> Version:
-    return Version(
-        id=version.ref,
-        name=version.name,
-        version=version.version,
-        digest=version.digest,
-        created_at=version.created_at,
-        manifest=version.manifest,
-    )
+def resolve(store: Store, name: str, ref: str) -> ArtifactVersion:
+    """Find a version by the `{ref}` of a path."""
+    return store.resolve(Reference(name) if ref == LATEST else parse_reference(f"{name}@{ref}"))
+
+
+def list_prefix(store: Store, prefix: str, *, after: str | None, limit: int, **filters: str | None) -> Page:
+    """A page of the artifacts whose names begin with `prefix`."""
+    if not prefix:
+        return store.list_artifacts(after=after, limit=limit, **filters)
+    # Names are ordered: those with the prefix begin behind every name that sorts before it.
+    before = prefix[:-1] + chr(ord(prefix[-1]) - 1) + chr(0x10FFFF)
+    page = store.list_artifacts(after=max(after or "", before), limit=limit + 1, **filters)
+    items = [version for version in page.items if version.name.startswith(prefix)]
+    return Page(items[:limit], has_more=len(items) > limit)
+
+
+def _stated(change: Change | None) -> dict[str, str | None]:
+    return {} if change is None else {"by": change.by, "reason": change.reason}

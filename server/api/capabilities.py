@@ -64,7 +64,9 @@ async def get_capabilities(request: Request) -> Capabilities:
         points={name: _point(point) for name, point in engine.points.items()},
         opcodes=list(OPCODES),
         methods=list(get_args(Method)),
-        artifact_kinds={kind: list(kinds.OPS[kind] or get_args(kinds.FeatureOp)) for kind in get_args(Kind)},
+        artifact_kinds={
+            kind: list(kinds.OPS[kind] or get_args(kinds.FeatureOp)) for kind in get_args(Kind) if kind in kinds.OPS
+        },
         captures=engine.captures,
         prefix_cache=engine.prefix_cache,
         runner=engine.runner,

@@ -78,7 +78,7 @@ def vector_norms(operand: Operand) -> dict[int, float]:
 
 
 def _refuse(prepared: Prepared, index: int, known: Mapping[int, float], unknown: list[int], limit: float) -> None:
-    where = f"steering.interventions.{prepared.owners[index]}"
+    where = prepared.field(index)
     if unknown:
         raise ApiError(
             400,

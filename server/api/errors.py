@@ -24,9 +24,13 @@ STATUS: dict[type[Exception], int] = {
     store.UnsupportedFile: 415,
     store.TooLarge: 413,
     store.ArtifactNotFound: 404,
+    store.PreconditionFailed: 412,
+    store.InUse: 409,
+    store.Yanked: 409,
     store.CorruptArtifact: 500,
     store.StoreBusy: 503,
     store.StoreFull: 507,
+    store.RemoteUnavailable: 503,
     store.StoreError: 500,
 }
 
@@ -40,6 +44,7 @@ TYPES: dict[int, str] = {
     412: "PreconditionFailedError",
     413: "RequestTooLarge",
     415: "UnsupportedMediaType",
+    416: "RangeNotSatisfiableError",
     422: "UnprocessableEntityError",
     429: "RateLimitError",
     500: "InternalServerError",

@@ -33,12 +33,12 @@ def chosen_op(intervention: Intervention, kind: str) -> str:
     return op
 
 
-def chosen_strength(intervention: Intervention, op: str, manifest: Manifest, most: float) -> float:
-    """OptionError unless it is finite and at most `most`."""
-    if op == "set" and intervention.strength is not None:
+def chosen_strength(intervention: Intervention, op: str, manifest: Manifest, most: float, scale: float = 1.0) -> float:
+    """The strength times `scale`, which a preset has. OptionError unless it is finite and at most `most`."""
+    if op == "set" and (intervention.strength is not None or scale != 1):
         raise OptionError("strength", "op set replaces the whole activation and has no strength; leave it out")
     default = manifest.default_strength if op in FIT_STRENGTH else 1.0
-    strength = default if intervention.strength is None else intervention.strength
+    strength = scale * (default if intervention.strength is None else intervention.strength)
     if not math.isfinite(strength) or abs(strength) > most:
         raise OptionError("strength", f"strength {strength} must be a finite number of at most {most:g}")
     return strength

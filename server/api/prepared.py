@@ -21,26 +21,35 @@ Loader = Callable[[], Awaitable[Operand]]
 Site = tuple[Point, int]
 
 
+class Life:
+    """Exists while a request does, to be told of its end."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A program, ready to run unless `frozen_sites` says that clean activations are to be captured first.
 
-    `owners` has the number of the intervention that each edit belongs to, None for frozen mode's own. `operands` has a
-    loader for each bank key that the program reads. `applied` and `versions` have one item per intervention. `doses`
+    `owners` has the number, among those applied, of the intervention that each edit belongs to, None for frozen mode's
+    own; `numbers` has each one's number in the request, where a preset counts once. `operands` has a loader for each
+    bank key that the program reads. `applied` and `versions` have one item per intervention; `digests` are those of all
+    artifacts that were resolved. `doses`
     has the relative doses of the edits, where there are such, once `Doses.check` has run. `clean` keeps frozen mode's
     operands while the request lives.
     """
 
     program: Program
     owners: tuple[int | None, ...]
+    numbers: tuple[int, ...]
     operands: dict[str, Loader]
     applied: list[Applied]
     versions: tuple[ArtifactVersion, ...]
+    digests: frozenset[str]
     settings: Steering
     frozen_sites: tuple[Site, ...] = ()
     doses: dict[Edit, float] = field(default_factory=dict)
     clean: tuple[Operand, ...] = ()
     receipt: str = field(default_factory=lambda: uuid.uuid4().hex)
+    life: Life = field(default_factory=Life)
 
     def with_clean(self, rows: Mapping[Site, np.ndarray]) -> Prepared:
         """The program with SETs before it that put the clean activations, float32 [width], at the last prompt token.
@@ -75,8 +84,13 @@ class Prepared:
         match = re.fullmatch(r"steering\.interventions\.(\d+)\.apply", param or "")
         if match is None:
             return param
-        owner = self.owners[int(match[1])]
-        return "steering" if owner is None else f"steering.interventions.{owner}.apply"
+        field = self.field(int(match[1]))
+        return field if field == "steering" else f"{field}.apply"
+
+    def field(self, edit: int) -> str:
+        """The field of the request that an edit comes from."""
+        owner = self.owners[edit]
+        return "steering" if owner is None else f"steering.interventions.{self.numbers[owner]}"
 
 
 def content_key(operand: Operand, point: Point) -> str:

@@ -29,9 +29,11 @@ class Applied(BaseModel):
     """One intervention as it was applied.
 
     `tokens_touched` and `tokens_from_cache` are the smallest, `relative_dose` is the largest, over its edits other than
-    gate and renorm. `condition` is the artifact whose gate was obeyed, `name@sha256:HEX64`.
+    gate and renorm. `condition` is the artifact whose gate was obeyed, `name@sha256:HEX64`; `preset` the one that the
+    intervention belongs to, `name@version`.
     """
 
+    preset: str | None = None
     artifact: str
     version: int
     digest: str

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from starlette.concurrency import run_in_threadpool
 
 from methods.kinds import OptionError, Recipe
-from server.api import conflicts, options
+from server.api import conflicts, options, presets
 from server.api.doses import Doses
 from server.api.errors import ApiError
+from server.api.leases import Leases
 from server.api.prepared import Loader, Prepared, Site
 from server.api.receipts import Applied, AppliedEdit, Receipt
 from server.api.served import ServedModel
-from server.api.steering_schema import LAST_PROMPT_TOKEN, Condition, Intervention, parse
+from server.api.steering_schema import LAST_PROMPT_TOKEN, Condition, parse
 from server.engine import edits as engine
 from server.engine.edits import Edit, Point, Program, ProgramError
 from server.engine.operands import Operand, pack
@@ -37,6 +38,8 @@ class _Draft:
     operands: dict[str, Loader] = field(default_factory=dict)
     applied: list[Applied] = field(default_factory=list)
     versions: list[ArtifactVersion] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    digests: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Steerer:
     max_edits: int
     max_strength: float
     doses: Doses
+    leases: Leases
 
     def prepare(self, raw: object) -> Prepared:
         """Parse, resolve and compile. Raises ApiError or a StoreError that names the field."""
@@ -60,7 +64,10 @@ class Steerer:
         for index, intervention in enumerate(steering.interventions):
             where = f"steering.interventions.{index}"
             try:
-                self._add(draft, intervention, where, steering.mode)
+                version = self._resolve(draft, intervention.artifact, f"{where}.artifact")
+                for part in presets.expand(intervention, version):
+                    draft.numbers.append(index)
+                    self._add(draft, part, where, steering.mode)
             except OptionError as error:
                 raise ApiError(422, f"{where}.{error.field}: {error}", f"{where}.{error.field}") from None
         sites = self._frozen_sites(draft) if steering.mode == "frozen" else ()
@@ -71,25 +78,36 @@ class Steerer:
         try:
             program.check()
         except ProgramError as error:
-            where = f"steering.interventions.{draft.owners[error.index]}"
+            owner = draft.owners[error.index]
+            where = "steering" if owner is None else f"steering.interventions.{draft.numbers[owner]}"
             raise ApiError(422, f"{where}: {error}", where) from None
         return Prepared(
-            program, tuple(draft.owners), draft.operands, draft.applied, tuple(draft.versions), steering, sites
+            program,
+            tuple(draft.owners),
+            tuple(draft.numbers),
+            draft.operands,
+            draft.applied,
+            tuple(draft.versions),
+            frozenset(draft.digests),
+            steering,
+            sites,
         )
 
     def _too_many(self, what: str) -> ApiError:
         return ApiError(422, f"{what}: a request takes at most {self.max_edits}", "steering.interventions")
 
-    def _add(self, draft: _Draft, intervention: Intervention, where: str, mode: str) -> None:
-        version = self._resolve(intervention.artifact, f"{where}.artifact")
+    def _add(self, draft: _Draft, part: presets.Part, where: str, mode: str) -> None:
+        intervention = part.intervention
+        version = self._resolve(draft, intervention.artifact, f"{where}.artifact")
         manifest = version.manifest
         op = options.chosen_op(intervention, manifest.kind)
         layers = options.chosen_layers(intervention, manifest, version.ref)
-        strength = options.chosen_strength(intervention, op, manifest, self.max_strength)
+        strength = options.chosen_strength(intervention, op, manifest, self.max_strength, part.scale)
         span = options.chosen_span(intervention, mode)
-        parts = options.parts(intervention, op, strength, layers, manifest, self.max_strength)
-        self.model.check_point(version, [part.opcode for part in parts], f"{where}.artifact")
+        pieces = options.parts(intervention, op, strength, layers, manifest, self.max_strength)
+        self.model.check_point(version, [piece.opcode for piece in pieces], f"{where}.artifact")
         applied = Applied(
+            preset=part.preset,
             artifact=version.name,
             version=version.version,
             digest=version.digest,
@@ -101,35 +119,36 @@ class Steerer:
         owner, gate = len(draft.applied), None
         if intervention.condition is not None:
             gate = len(draft.edits)
-            condition, edit = self._gate(intervention.condition, manifest.point, layers, span, where)
+            condition, edit = self._gate(draft, intervention.condition, manifest.point, layers, span, where)
             applied.condition = f"{condition.name}@{condition.digest}"
             draft.edits.append(edit)
             draft.operands.setdefault(condition.digest, self._loader(condition, Recipe("vector")))
-        for part in parts:
+        for piece in pieces:
             key = None
-            if part.recipe is not None:
-                key = part.recipe.key(version.digest)
-                draft.operands.setdefault(key, self._loader(version, part.recipe))
-            edit = Edit(part.opcode, key, layers, part.strength, span, manifest.point, part.function, gate=gate)
+            if piece.recipe is not None:
+                key = piece.recipe.key(version.digest)
+                draft.operands.setdefault(key, self._loader(version, piece.recipe))
+            edit = Edit(piece.opcode, key, layers, piece.strength, span, manifest.point, piece.function, gate=gate)
             draft.edits.append(edit)
         draft.owners += [owner] * (len(draft.edits) - len(draft.owners))
         draft.versions.append(version)
         draft.applied.append(applied)
 
-    def _resolve(self, reference: str, param: str) -> ArtifactVersion:
+    def _resolve(self, draft: _Draft, reference: str, param: str) -> ArtifactVersion:
         try:
             version = self.store.resolve(reference)
         except StoreError as error:
             error.param = param
             raise
         self.model.check_model(version, param)
+        draft.digests.add(version.digest)
         return version
 
     def _gate(
-        self, condition: Condition, point: Point, layers: tuple[int, ...], span: Span, where: str
+        self, draft: _Draft, condition: Condition, point: Point, layers: tuple[int, ...], span: Span, where: str
     ) -> tuple[ArtifactVersion, Edit]:
         """The artifact and the edit of a condition; for single tokens it decides where the intervention acts."""
-        version = self._resolve(condition.artifact, f"{where}.condition.artifact")
+        version = self._resolve(draft, condition.artifact, f"{where}.condition.artifact")
         if version.manifest.kind != "steering_vector":
             raise OptionError(
                 "condition.artifact", f"{version.ref} is a {version.manifest.kind}; use a steering_vector"
@@ -162,7 +181,7 @@ class Steerer:
     def _frozen_sites(self, draft: _Draft) -> tuple[Site, ...]:
         """All layers of the points that are edited: SADI's and INCLINE's released code overwrites them all."""
         for index, version in enumerate(draft.versions):
-            self.model.check_point(version, ["set"], f"steering.interventions.{index}.artifact")
+            self.model.check_point(version, ["set"], f"steering.interventions.{draft.numbers[index]}.artifact")
         points = dict.fromkeys(version.manifest.point for version in draft.versions)
         return tuple((point, layer) for point in points for layer in range(self.model.layers))
 
@@ -191,7 +210,12 @@ class Steerer:
         return pack(built)
 
     async def check(self, prepared: Prepared) -> None:
-        """Work out the doses, for the receipt. ApiError 400 where one is above the limit, or limited and unknown."""
+        """Hold the artifacts while the request lives, and work out the doses, for the receipt.
+
+        ApiError 400 where a dose is above the limit, or limited and unknown; ArtifactNotFound where an artifact was
+        deleted since.
+        """
+        await self.leases.hold(prepared)
         await self.doses.check(prepared)
 
     async def refuse_conflicts(self, prepared: Prepared, prompt_lengths: Iterable[int]) -> None:
@@ -204,7 +228,8 @@ class Steerer:
         if found is not None:
             raise ApiError(
                 400,
-                f"interventions {found.first} and {found.second} write the same direction at {found.site}; part their "
+                f"interventions {prepared.numbers[found.first]} and {prepared.numbers[found.second]} write the same "
+                f"direction at {found.site}; part their "
                 'layers or tokens, leave one out, or allow it with conflict "sequential"',
                 "steering.conflict",
             )

@@ -1,95 +1,108 @@
-"""`polyhelm artifact`: list, show, publish and verify artifacts in a data directory."""
+"""`polyhelm artifact`: list, show, publish and verify artifacts in a store."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from server.cli import artifact_changes, artifact_transfer
+from server.cli.artifact_output import (
+    DEFAULT_DATA_DIR,
+    AsJson,
+    DataDir,
+    Ref,
+    StoreUrl,
+    failures_named,
+    opened,
+    print_json,
+    print_published,
+    print_table,
+    summary,
+)
 from steering_store import ArtifactVersion, Store
-from steering_store.errors import StoreError
 
 app = typer.Typer(name="artifact", help="Versioned steering artifacts.", no_args_is_help=True)
-
-DataDir = Annotated[
-    Path, typer.Option("--data-dir", envvar="POLYHELM_DATA_DIR", help="The folder that holds artifacts/, kb/, models/.")
-]
-AsJson = Annotated[bool, typer.Option("--json", envvar="POLYHELM_JSON", help="Print JSON, for programs.")]
-DEFAULT_DATA_DIR = Path("polyhelm-data")
 
 
 @app.command("list")
 def list_(
     data_dir: DataDir = DEFAULT_DATA_DIR,
+    store: StoreUrl = None,
     kind: Annotated[str | None, typer.Option(envvar="POLYHELM_KIND", help="Only artifacts of this kind.")] = None,
+    model: Annotated[
+        str | None, typer.Option(envvar="POLYHELM_MODEL_FILTER", help="Only for this model or architecture.")
+    ] = None,
+    prefix: Annotated[str, typer.Option(envvar="POLYHELM_PREFIX", help="Only names that begin so.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """List the artifacts, each as of its highest version."""
-    with _failures_named():
-        versions = list(_all(_open(data_dir), kind))
-    rows = [_summary(version) for version in versions]
+    """List the artifacts, each as of its highest version that isn't yanked."""
+    with failures_named():
+        found = _all(opened(data_dir, store), kind=kind, model=model)
+        versions = [version for version in found if version.name.startswith(prefix)]
     if as_json:
-        _print_json(rows)
+        print_json([summary(version) for version in versions])
     else:
-        _print_table(("artifact", "kind", "layers", "model", "digest", "published"), [_cells(v) for v in versions])
+        print_table(("artifact", "kind", "layers", "model", "digest", "published"), [_cells(v) for v in versions])
 
 
 @app.command()
 def show(
-    ref: Annotated[str, typer.Argument(help="name, name@3 or name@sha256:...")],
+    ref: Ref,
     data_dir: DataDir = DEFAULT_DATA_DIR,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one version with its manifest."""
-    with _failures_named():
-        version = _open(data_dir).resolve(ref)
-    content = _summary(version) | {"manifest": version.manifest.model_dump(mode="json", exclude_none=True)}
+    """Show one version with its aliases and its manifest."""
+    with failures_named():
+        source = opened(data_dir, store)
+        version = source.resolve(ref)
+        aliases = [alias.alias for alias in source.aliases(version.name) if alias.version == version.version]
+    content = summary(version) | {"aliases": aliases}
+    content |= {"manifest": version.manifest.model_dump(mode="json", exclude_none=True)}
     if as_json:
-        _print_json(content)
+        print_json(content)
     else:
-        _print_table(("field", "value"), [(key, _text(value)) for key, value in _flat(content)])
+        print_table(("field", "value"), [(key, _text(value)) for key, value in _flat(content)])
 
 
 @app.command()
 def publish(
     name: Annotated[str, typer.Argument(help="The artifact's name.")],
-    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Its .safetensors files.")],
     manifest: Annotated[
         Path, typer.Option(envvar="POLYHELM_MANIFEST", exists=True, dir_okay=False, help="Its manifest, as JSON.")
     ],
+    files: Annotated[
+        list[Path] | None, typer.Argument(exists=True, dir_okay=False, help="Its files; a preset has none.")
+    ] = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish files as the next version of an artifact; the same bytes again change nothing."""
-    by_name = {path.name: path for path in files}
-    if len(by_name) < len(files):
+    by_name = {path.name: path for path in files or ()}
+    if len(by_name) < len(files or ()):
         raise typer.BadParameter("two files have the same name", param_hint="FILES")
-    with _failures_named():
-        version, created = _open(data_dir, create=True).publish(name, manifest.read_bytes(), by_name)
-    if as_json:
-        _print_json(_summary(version) | {"created": created})
-    else:
-        typer.echo(f"{version.ref} {version.digest} {'published' if created else 'was published before'}")
+    with failures_named():
+        version, created = opened(data_dir, store, create=True).publish(name, manifest.read_bytes(), by_name)
+    print_published(version, created, as_json)
 
 
 @app.command()
 def verify(
     ref: Annotated[str | None, typer.Argument(help="One version; without it, all of them.")] = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Hash what was published, and fail if a byte of it has changed."""
-    with _failures_named():
-        problems = _open(data_dir).verify(ref)
+    with failures_named():
+        problems = opened(data_dir, store).verify(ref)
     if as_json:
-        _print_json({"ok": not problems, "problems": [problem._asdict() for problem in problems]})
+        print_json({"ok": not problems, "problems": [problem._asdict() for problem in problems]})
     for problem in problems:
         typer.echo(f"{problem.ref}: {problem.message}", err=True)
     if problems:
@@ -98,40 +111,21 @@ def verify(
         typer.echo("nothing is damaged")
 
 
-@contextmanager
-def _failures_named() -> Iterator[None]:
-    try:
-        yield
-    except (StoreError, OSError) as exc:
-        typer.echo(f"error: {exc}", err=True)
-        raise typer.Exit(1) from None
+app.add_typer(artifact_changes.alias_app, name="alias")
+for command in (artifact_changes.history, artifact_changes.yank, artifact_changes.unyank, artifact_changes.delete):
+    app.command()(command)
+app.command()(artifact_changes.gc)
+for command in (artifact_transfer.push, artifact_transfer.pull, artifact_transfer.export, artifact_transfer.convert):
+    app.command()(command)
+app.command("import")(artifact_transfer.import_)
 
 
-def _open(data_dir: Path, *, create: bool = False) -> Store:
-    root = data_dir / "artifacts"
-    # A mistyped folder must not verify as "nothing is damaged".
-    if not create and not root.is_dir():
-        raise StoreError(f"no artifacts in {str(data_dir)!r}: publish one first, or correct --data-dir")
-    return Store(root)
-
-
-def _all(store: Store, kind: str | None) -> Iterator[ArtifactVersion]:
+def _all(store: Store, **filters: str | None) -> Iterator[ArtifactVersion]:
     after, has_more = None, True
     while has_more:
-        items, has_more = store.list_artifacts(kind=kind, after=after)
+        items, has_more = store.list_artifacts(after=after, **filters)
         yield from items
         after = items[-1].name if items else None
-
-
-def _summary(version: ArtifactVersion) -> dict[str, Any]:
-    return {
-        "ref": version.ref,
-        "name": version.name,
-        "version": version.version,
-        "kind": version.manifest.kind,
-        "digest": version.digest,
-        "created_at": version.created_at.isoformat(),
-    }
 
 
 def _cells(version: ArtifactVersion) -> tuple[str, ...]:
@@ -163,20 +157,3 @@ def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
-
-
-def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        # A pipe gets tab-separated lines, whole: a table would be cut to a width that nobody chose.
-        for row in rows:
-            typer.echo("\t".join(row))
-        return
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)

@@ -21,6 +21,12 @@ def serve(
     data_dir: Annotated[
         Path, typer.Option(envvar="POLYHELM_DATA_DIR", help="The folder that holds artifacts/, models/ and fits/.")
     ] = Path("polyhelm-data"),
+    store: Annotated[
+        str | None,
+        typer.Option(
+            envvar="POLYHELM_STORE", help="Where the artifacts are, if not there, such as s3://bucket/prefix."
+        ),
+    ] = None,
     demo: Annotated[
         bool, typer.Option(envvar="POLYHELM_DEMO", help="Fit the demo artifacts if they are missing.")
     ] = False,
@@ -41,18 +47,20 @@ def serve(
     from server.models import ModelError
     from server.progress import Reporter
     from server.settings import Settings
+    from steering_store.errors import StoreError
 
     settings = Settings(
         model=model,
         host=host,
         port=port,
         data_dir=data_dir,
+        store=store,
         demo=demo,
         bank_bytes=bank_bytes,
         prefix_cache=prefix_cache,
     )
     try:
         serve_app(settings, context.args, Reporter())
-    except (ModelError, EngineStartError, OSError) as error:
+    except (ModelError, EngineStartError, StoreError, OSError) as error:
         typer.echo(f"polyhelm: {error}", err=True)
         raise typer.Exit(1) from error

@@ -9,6 +9,9 @@ import pytest
 from safetensors.numpy import save
 
 from steering_store import Store
+from tests.steering_store.places import s3, s3_endpoint, url
+
+__all__ = ["s3", "s3_endpoint", "url"]
 
 HIDDEN = 8
 

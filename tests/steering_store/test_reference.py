@@ -5,7 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steering_store.errors import InvalidName, InvalidReference, UnsupportedFile
-from steering_store.reference import DIGEST_PATTERN, NAME_PATTERN, Reference, check_file_path, parse_reference
+from steering_store.reference import (
+    ALIAS_PATTERN,
+    DIGEST_PATTERN,
+    NAME_PATTERN,
+    Reference,
+    check_alias,
+    check_file_path,
+    parse_reference,
+)
 
 HEX = "ab" * 32
 
@@ -15,6 +23,8 @@ HEX = "ab" * 32
     [
         ("sentiment", Reference("sentiment")),
         ("sentiment@3", Reference("sentiment", version=3)),
+        ("sentiment@production", Reference("sentiment", alias="production")),
+        ("sentiment@v1.2-rc_3", Reference("sentiment", alias="v1.2-rc_3")),
         (f"a.b-c_0@sha256:{HEX}", Reference("a.b-c_0", digest=f"sha256:{HEX}")),
     ],
 )
@@ -42,10 +52,22 @@ def test_ref_outside_the_grammar_is_refused(ref: str) -> None:
     assert caught.value.param == "ref"
 
 
+@pytest.mark.parametrize("alias", ["latest", "", "3", "A", "sha256:0", "a@b", "a\n"])
+def test_alias_outside_the_grammar_is_refused(alias: str) -> None:
+    with pytest.raises(InvalidName) as caught:
+        check_alias(alias)
+    assert caught.value.param == "alias"
+
+
 @settings(deadline=None)
 @given(
     st.from_regex(NAME_PATTERN, fullmatch=True).filter(lambda name: ".." not in name),
-    st.one_of(st.none(), st.integers(1, 999_999_999).map(str), st.from_regex(DIGEST_PATTERN, fullmatch=True)),
+    st.one_of(
+        st.none(),
+        st.integers(1, 999_999_999).map(str),
+        st.from_regex(DIGEST_PATTERN, fullmatch=True),
+        st.from_regex(ALIAS_PATTERN, fullmatch=True).filter(lambda alias: ".." not in alias and alias != "latest"),
+    ),
 )
 def test_reference_is_written_as_it_was_read(name: str, ref: str | None) -> None:
     text = name if ref is None else f"{name}@{ref}"
@@ -68,7 +90,7 @@ def test_pickle_is_refused_with_the_remedy(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["v.json", "v.npz", "v", "v.SAFETENSORS"])
-def test_only_safetensors_are_accepted(path: str) -> None:
+def test_only_safetensors_and_labels_are_accepted(path: str) -> None:
     with pytest.raises(UnsupportedFile, match="safetensors"):
         check_file_path(path)
-    assert check_file_path("v.safetensors") == "v.safetensors"
+    assert [check_file_path(name) for name in ("v.safetensors", "l.jsonl")] == ["v.safetensors", "l.jsonl"]

@@ -199,6 +199,31 @@ def test_corrupt_file_is_never_served(store: Store, manifest: Content, vectors: 
     assert store.load_tensors(whole)
 
 
+@pytest.mark.parametrize("wanted", [None, {"layer.2": None}, {"layer.2": [0]}])
+@pytest.mark.parametrize("how", ["header", "values", "truncated", "longer", "empty", "another file"])
+def test_no_way_of_reading_serves_a_damaged_file_even_one_that_was_read_before(
+    store: Store, manifest: Content, vectors: Vectors, how: str, wanted: Any
+) -> None:
+    version = store.publish("mood", manifest, vectors()).version
+    assert store.load_tensors(store.resolve("mood"), wanted)
+    path = store.file_path(version, FILE)
+    whole = path.read_bytes()
+    damaged = {
+        "header": whole[:12] + b"x" + whole[13:],
+        "values": whole[:-1] + b"x",
+        "truncated": whole[:-1],
+        "longer": whole + b"x",
+        "empty": b"",
+        "another file": vectors(2.0)[FILE],
+    }[how]
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptArtifact, match=FILE) as caught:
+        store.load_tensors(store.resolve("mood"), wanted)
+    assert version.manifest.files[0].sha256 in caught.value.message
+    assert not store.publish("mood", manifest, vectors()).created
+    assert store.load_tensors(store.resolve("mood"), wanted), "publishing the same bytes again mends it"
+
+
 def test_missing_file_is_corrupt_and_publishing_again_mends_it(
     store: Store, manifest: Content, vectors: Vectors
 ) -> None:

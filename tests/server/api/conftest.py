@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.api.doses import Doses
+from server.api.leases import Leases
 from server.api.served import ServedModel
 from server.api.steering import Steerer
 from server.engine.edits import OPCODES
@@ -45,4 +46,4 @@ def steerer(store: Store) -> Steerer:
         "mlp_act": {"width": NEURONS, "opcodes": ("add", "scale", "set"), "shards": 2, "reason": "it is split"},
     }
     model = ServedModel(identity, LAYERS, HIDDEN, points, "weights")
-    return Steerer(store, model, max_edits=6, max_strength=100.0, doses=Doses())
+    return Steerer(store, model, max_edits=6, max_strength=100.0, doses=Doses(), leases=Leases(store))

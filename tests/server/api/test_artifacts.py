@@ -1,39 +1,33 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from httpx import Response
 from safetensors.numpy import save
+from starlette.types import Message
 
-from server.api import errors
-from server.api.artifacts import router
 from steering_store import Store
 from steering_store.errors import StoreBusy
 from steering_store.manifest import MAX_MANIFEST_BYTES
+from tests.server.api.artifact_app import (
+    FILE,
+    MANIFEST,
+    artifact_app,
+    assert_refused,
+    publish,
+    publish_versions,
+    vector,
+)
 
-FILE = "vectors.safetensors"
 MAX_BYTES = 100_000
-MANIFEST: dict[str, Any] = {
-    "schema_version": 1,
-    "kind": "steering_vector",
-    "model": {"architecture": "LlamaForCausalLM", "hidden_size": 8, "num_layers": 4},
-    "sites": [{"point": "resid_post", "layer": 2, "file": FILE, "tensor": "layer.2", "shape": [8], "dtype": "F32"}],
-    "default_strength": 4.0,
-    "provenance": {"method": "caa"},
-}
-
-
-def vector(fill: float = 1.0) -> bytes:
-    return save({"layer.2": np.full(8, fill, np.float32)})
 
 
 @pytest.fixture
@@ -43,28 +37,8 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def client(store: Store) -> Iterator[TestClient]:
-    app = FastAPI()
-    app.state.polyhelm = SimpleNamespace(store=store)
-    app.include_router(router)
-    errors.install(app)
-    with TestClient(app) as client:
+    with TestClient(artifact_app(store)) as client:
         yield client
-
-
-def publish(client: TestClient, name: str = "mood", manifest: Any = MANIFEST, **files: bytes) -> Any:
-    parts = [("files", (path.replace("__", "."), content)) for path, content in files.items()] or [
-        ("files", (FILE, vector()))
-    ]
-    text = manifest if isinstance(manifest, str) else json.dumps(manifest)
-    return client.post(f"/v1/artifacts/{name}/versions", data={"manifest": text}, files=parts)
-
-
-def assert_refused(response: Response, status: int, kind: str, param: str | None, *words: str) -> None:
-    error = response.json()["error"]
-    assert (response.status_code, error["code"], error["type"], error["param"]) == (status, status, kind, param)
-    assert error.keys() == {"message", "type", "param", "code"}
-    for word in words:
-        assert word in error["message"]
 
 
 def test_published_version_is_created_and_read_back(client: TestClient) -> None:
@@ -97,15 +71,49 @@ def test_manifest_may_be_a_file_part(client: TestClient) -> None:
     assert client.post("/v1/artifacts/mood/versions", files=parts).status_code == 201
 
 
-def test_upload_larger_than_the_memory_spool_is_stored(tmp_path: Path, client: TestClient) -> None:
-    client.app.state.polyhelm.store = Store(tmp_path / "large")  # type: ignore[attr-defined]
-    size = 600_000
+def test_upload_is_never_whole_in_memory(tmp_path: Path) -> None:
+    """Told to the app message by message: the test client would hold the body itself."""
+    size = 16_000_000
     manifest = json.loads(json.dumps(MANIFEST))
     manifest["model"]["hidden_size"] = size
     manifest["sites"][0]["shape"] = [size]
-    content = save({"layer.2": np.ones(size, np.float32)})
-    assert publish(client, manifest=manifest, vectors__safetensors=content).status_code == 201
-    assert client.get(f"/v1/artifacts/mood/versions/latest/files/{FILE}").content == content
+    header = json.dumps({"layer.2": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}).encode()
+    piece = np.ones(250_000, np.float32).tobytes()
+
+    def body() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="manifest"\r\n\r\n' + json.dumps(manifest).encode()
+        yield b'\r\n--x\r\nContent-Disposition: form-data; name="f"; filename="%s"\r\n\r\n' % FILE.encode()
+        yield len(header).to_bytes(8, "little") + header
+        yield from [piece] * 64
+        yield b"\r\n--x--\r\n"
+
+    store = Store(tmp_path / "large")
+    app = artifact_app(store)
+    pieces, sent = body(), []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": next(pieces, b""), "more_body": True}
+
+    async def finite() -> Message:
+        message = await receive()
+        return message | {"more_body": bool(message["body"])}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+    path = "/v1/artifacts/large/versions"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+             "headers": headers, "scheme": "http", "server": ("test", 80), "http_version": "1.1"}  # fmt: skip
+    tracemalloc.start()
+    try:
+        asyncio.run(app(scope, finite, send))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sent[0]["status"] == 201, sent
+    assert store.resolve("large").manifest.files[0].size == 8 + len(header) + 64_000_000
+    assert peak < 40_000_000
 
 
 def test_list_is_paged(client: TestClient) -> None:
@@ -137,19 +145,6 @@ def test_artifact_shows_its_versions_and_each_reference_finds_one(client: TestCl
         assert client.get(f"/v1/artifacts/mood/versions/{ref}").json() == expected
 
 
-def test_file_is_downloaded_with_validators_and_ranges(client: TestClient) -> None:
-    publish(client)
-    url = f"/v1/artifacts/mood/versions/1/files/{FILE}"
-    whole = client.get(url)
-    assert whole.content == vector()
-    assert whole.headers["etag"] == f'"sha256:{hashlib.sha256(vector()).hexdigest()}"'
-    assert "immutable" in whole.headers["cache-control"]
-    assert "immutable" not in client.get(url.replace("/1/", "/latest/")).headers["cache-control"]
-    part = client.get(url, headers={"Range": "bytes=8-15", "If-Range": whole.headers["etag"]})
-    assert (part.status_code, part.content) == (206, vector()[8:16])
-    assert client.get(url, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
-
-
 @pytest.mark.parametrize(
     "path",
     ["/nobody", "/mood/versions/9", "/mood/versions/1/files/other.safetensors",
@@ -163,7 +158,7 @@ def test_what_does_not_exist_is_404(client: TestClient, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("path", "param"),
-    [("/Mood", "name"), ("/a..b", "name"), ("/mood/versions/x", "ref"), ("/mood/versions/0", "ref"),
+    [("/Mood", "name"), ("/a..b", "name"), ("/mood/versions/X", "ref"), ("/mood/versions/0", "ref"),
      ("/mood/versions/1@2", "ref")],
 )  # fmt: skip
 def test_malformed_name_or_reference_is_422(client: TestClient, path: str, param: str) -> None:
@@ -268,13 +263,6 @@ def test_malformed_multipart_is_400(client: TestClient, header: str, body: bytes
     assert_refused(response, 400, "BadRequestError", None, "multipart")
 
 
-def test_corrupt_file_is_500_and_none_of_it_is_sent(client: TestClient, store: Store) -> None:
-    publish(client)
-    store.file_path(store.resolve("mood"), FILE).write_bytes(vector(9.0))
-    response = client.get(f"/v1/artifacts/mood/versions/1/files/{FILE}")
-    assert_refused(response, 500, "InternalServerError", FILE, FILE)
-
-
 def test_busy_store_is_503_with_retry_after(client: TestClient, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(*args: object) -> None:
         raise StoreBusy("locked; try again")
@@ -285,8 +273,110 @@ def test_busy_store_is_503_with_retry_after(client: TestClient, store: Store, mo
     assert response.headers["retry-after"] == "1"
 
 
+def test_list_is_filtered_by_model_kind_and_prefix(client: TestClient) -> None:
+    other = MANIFEST | {"model": MANIFEST["model"] | {"name": "smollm2"}}
+    for name in ("a", "mo", "mood", "mood-2", "moody", "mop", "z"):
+        publish(client, name, MANIFEST if name == "mop" else other)
+
+    def names(**query: Any) -> tuple[list[str], bool]:
+        page = client.get("/v1/artifacts", params=query).json()
+        return [item["id"] for item in page["data"]], page["has_more"]
+
+    assert names(prefix="mood") == (["mood", "mood-2", "moody"], False)
+    assert names(prefix="mood", limit=2) == (["mood", "mood-2"], True)
+    assert names(prefix="mood", limit=2, after="mood-2") == (["moody"], False)
+    assert names(prefix="mood", limit=3) == (["mood", "mood-2", "moody"], False)
+    assert names(prefix="mo", model="smollm2", kind="steering_vector") == (["mo", "mood", "mood-2", "moody"], False)
+    assert names(model="LlamaForCausalLM")[0] == ["a", "mo", "mood", "mood-2", "moody", "mop", "z"]
+    assert names(prefix="x") == names(kind="sae") == names(model="other") == ([], False)
+    assert_refused(client.get("/v1/artifacts?prefix=%25"), 422, "UnprocessableEntityError", "prefix")
+
+
+def test_schema_of_the_manifest_is_served_and_takes_what_is_published(client: TestClient) -> None:
+    schema = client.get("/v1/artifacts/schema").json()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert set(MANIFEST) <= set(schema["properties"])
+
+
+def test_version_is_revalidated_and_a_yank_changes_its_tag(client: TestClient) -> None:
+    publish(client)
+    url = "/v1/artifacts/mood/versions/1"
+    first = client.get(url)
+    assert first.headers["etag"] == f'"{first.json()["digest"]}"'
+    assert first.headers["cache-control"] == "no-cache"
+    known = {"If-None-Match": first.headers["etag"]}
+    again = client.get(url, headers=known)
+    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", first.headers["etag"])
+    client.post(url + "/yank")
+    assert client.get(url, headers=known).json()["yanked"]
+
+
+def test_yanked_version_is_hidden_but_found_by_number_and_digest(client: TestClient) -> None:
+    publish_versions(client, 2)
+    response = client.post("/v1/artifacts/mood/versions/2/yank", json={"by": "ada", "reason": "too strong"})
+    assert (response.status_code, response.json()["yanked"]) == (200, True)
+    assert response.json()["yank_reason"] == "too strong"
+    assert client.get("/v1/artifacts/mood/versions/latest").json()["version"] == 1
+    assert client.get("/v1/artifacts").json()["data"][0]["latest_version"] == 1
+    for ref in ("2", response.json()["digest"]):
+        assert client.get(f"/v1/artifacts/mood/versions/{ref}").json()["version"] == 2
+    artifact = client.get("/v1/artifacts/mood").json()
+    assert (artifact["latest_version"], [each["yanked"] for each in artifact["versions"]]) == (1, [False, True])
+    assert client.post("/v1/artifacts/mood/versions/2/unyank").json()["yanked"] is False
+    assert client.get("/v1/artifacts/mood/versions/latest").json()["version"] == 2
+    history = client.get("/v1/artifacts/mood/history").json()["data"]
+    assert [(entry["action"], entry["from_version"], entry.get("by")) for entry in history] == [
+        ("yank", 2, "ada"), ("unyank", 2, None)
+    ]  # fmt: skip
+
+
+def test_deleted_version_is_gone_and_its_number_is_not_given_again(client: TestClient) -> None:
+    publish_versions(client, 2)
+    assert client.delete("/v1/artifacts/mood/versions/2", params={"reason": "a mistake"}).status_code == 204
+    assert client.get("/v1/artifacts/mood/versions/2").status_code == 404
+    assert client.delete("/v1/artifacts/mood/versions/2").status_code == 404
+    assert publish(client, vectors__safetensors=vector(9)).json()["version"] == 3
+    assert client.get("/v1/artifacts/mood/history").json()["data"][0]["reason"] == "a mistake"
+
+
+def test_version_that_is_needed_is_not_deleted(client: TestClient, store: Store) -> None:
+    digest = publish(client).json()["digest"]
+    url = "/v1/artifacts/mood/versions/1"
+    client.put("/v1/artifacts/mood/aliases/production", json={"version": 1})
+    assert_refused(client.delete(url), 409, "ConflictError", "version", "alias production")
+    client.delete("/v1/artifacts/mood/aliases/production")
+    store.lease(digest, "request 7", 60)
+    assert_refused(client.delete(url), 409, "ConflictError", "version", "request 7")
+    store.release("request 7")
+    preset = {key: MANIFEST[key] for key in ("schema_version", "model", "default_strength", "provenance")}
+    preset |= {"kind": "preset", "interventions": [{"artifact": "mood"}]}
+    sent = {"manifest": ("m.json", json.dumps(preset).encode())}
+    assert client.post("/v1/artifacts/cheer/versions", files=sent).status_code == 201
+    assert_refused(client.delete(url), 409, "ConflictError", "version", "preset cheer@1")
+    client.delete("/v1/artifacts/cheer/versions/1")
+    assert client.delete(url).status_code == 204
+
+
+def test_publishing_on_condition_that_it_is_new(client: TestClient) -> None:
+    new = {"If-None-Match": "*"}
+    assert publish(client, headers=new).status_code == 201
+    assert_refused(publish(client, headers=new), 412, "PreconditionFailedError", "manifest", "mood@1")
+
+
+@pytest.mark.parametrize("path", ["yank", "unyank"])
+def test_change_to_a_version_that_is_not_there_is_404_and_a_bad_body_422(client: TestClient, path: str) -> None:
+    publish(client)
+    assert client.post(f"/v1/artifacts/mood/versions/9/{path}").status_code == 404
+    url = f"/v1/artifacts/mood/versions/1/{path}"
+    assert_refused(client.post(url, json={"because": "x"}), 422, "UnprocessableEntityError", "because")
+    assert_refused(client.post(url, json={"reason": "x" * 1001}), 422, "UnprocessableEntityError", "reason")
+    assert_refused(client.post(url.replace("/1/", "/x/")), 422, "UnprocessableEntityError", "version")
+
+
 def test_operation_ids_are_readable(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert {operation["operationId"] for path in paths.values() for operation in path.values()} == {
-        "list_artifacts", "get_artifact", "get_artifact_version", "download_artifact_file", "publish_artifact_version"
+        "list_artifacts", "get_manifest_schema", "get_artifact", "get_artifact_version", "publish_artifact_version",
+        "delete_artifact_version", "yank_artifact_version", "unyank_artifact_version", "download_artifact_file",
+        "list_aliases", "get_alias", "set_alias", "delete_alias", "get_history",
     }  # fmt: skip

@@ -56,7 +56,8 @@ class Steerer:
         fields = raw if isinstance(raw, dict) else {}
         settings = parse({"interventions": [{"artifact": "mood"}]} | fields)
         sites = (("resid_post", 0), ("resid_post", 1)) if settings.mode == "frozen" else ()
-        return Prepared(PROGRAM, (0, 0), {"sha256:v": self.vectors}, [], (), settings, sites, receipt="r1")  # type: ignore[dict-item]
+        operands: Any = {"sha256:v": self.vectors}
+        return Prepared(PROGRAM, (0, 0), (0,), operands, [], (), frozenset(), settings, sites, receipt="r1")
 
     async def check(self, prepared: Prepared) -> None:
         if prepared.settings.max_relative_dose == 0:

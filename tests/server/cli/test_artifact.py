@@ -2,58 +2,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save
-from typer.testing import CliRunner, Result
 
-from server.cli.artifact import app
 from steering_store import Store
+from tests.server.cli.artifact_cli import FILE, MANIFEST, assert_fails, run, run_json, vector
 
-FILE = "vectors.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("POLYHELM_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("COLUMNS", "300")
-    return tmp_path / "data"
+pytestmark = pytest.mark.usefixtures("data_dir")
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[str]:
     """The arguments of `publish` behind the name."""
-    manifest = {
-        "schema_version": 1,
-        "kind": "steering_vector",
-        "description": "[bold]not markup[/bold]",
-        "model": {"architecture": "LlamaForCausalLM", "hidden_size": 8, "num_layers": 4},
-        "sites": [{"point": "resid_post", "layer": 2, "file": FILE, "tensor": "v", "shape": [8], "dtype": "F32"}],
-        "default_strength": 4.0,
-        "provenance": {"method": "caa"},
-    }
-    (tmp_path / "m.json").write_text(json.dumps(manifest))
-    (tmp_path / FILE).write_bytes(save({"v": np.ones(8, np.float32)}))
+    (tmp_path / "m.json").write_text(json.dumps(MANIFEST))
+    (tmp_path / FILE).write_bytes(vector())
     return ["--manifest", str(tmp_path / "m.json"), str(tmp_path / FILE)]
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments)
-
-
-def run_json(*arguments: str) -> Any:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def assert_fails(result: Result, code: int, word: str) -> None:
-    assert result.exit_code == code
-    assert word in result.stderr
-    assert "Traceback" not in result.output
-    assert isinstance(result.exception, SystemExit)
 
 
 def test_published_artifact_is_listed_shown_and_verified(inputs: list[str], data_dir: Path) -> None:
@@ -89,7 +52,10 @@ def test_list_goes_through_every_page_and_filters_by_kind(inputs: list[str], dat
     for number in range(1, 102):
         store.publish(f"a{number:03}", manifest, {FILE: content})
     assert [row["name"] for row in run_json("list")] == [f"a{number:03}" for number in range(102)]
-    assert run_json("list", "--kind", "other") == []
+    assert run_json("list", "--kind", "other") == run_json("list", "--model", "other") == []
+    assert [row["name"] for row in run_json("list", "--prefix", "a09", "--model", "LlamaForCausalLM")] == [
+        f"a{number:03}" for number in range(90, 100)
+    ]
 
 
 def test_damaged_file_fails_verify_and_is_named(inputs: list[str], data_dir: Path) -> None:
@@ -130,3 +96,12 @@ def test_wrong_usage_is_exit_code_2(inputs: list[str], tmp_path: Path) -> None:
 def test_data_dir_flag_wins_over_the_environment(inputs: list[str], tmp_path: Path) -> None:
     run_json("publish", "mood", *inputs, "--data-dir", str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere" / "artifacts" / "store.sqlite").is_file()
+
+
+def test_preset_is_published_without_files(inputs: list[str], tmp_path: Path) -> None:
+    run("publish", "mood", *inputs)
+    preset = {key: MANIFEST[key] for key in ("schema_version", "model", "default_strength", "provenance")}
+    preset |= {"kind": "preset", "interventions": [{"artifact": "mood"}]}
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    assert run_json("publish", "cheer", "--manifest", str(tmp_path / "preset.json"))["ref"] == "cheer@1"
+    assert run("list").stdout.startswith("cheer@1\tpreset\t")

@@ -1,0 +1,157 @@
+"""What the artifact routes answer with, and the store that they read."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from fastapi import Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from steering_store import Alias, ArtifactVersion, AuditEntry, Manifest, Store
+from steering_store.manifest import Kind
+
+Words = Annotated[str, Field(max_length=1000)]
+
+
+class Artifact(BaseModel):
+    """An artifact by its name, as of its highest version that isn't yanked."""
+
+    id: str
+    object: Literal["artifact"] = "artifact"
+    kind: Kind
+    description: str
+    latest_version: int | None
+    digest: str
+    created_at: datetime
+
+    @classmethod
+    def of(cls, version: ArtifactVersion) -> Artifact:
+        return cls(
+            id=version.name,
+            kind=version.manifest.kind,
+            description=version.manifest.description,
+            latest_version=None if version.yanked else version.version,
+            digest=version.digest,
+            created_at=version.created_at,
+        )
+
+
+class ArtifactList(BaseModel):
+    """A page of artifacts; pass `last_id` as `after` for the next."""
+
+    object: Literal["list"] = "list"
+    data: list[Artifact]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Version(BaseModel):
+    """One version of an artifact. `digest` is the SHA-256 of the manifest in canonical form."""
+
+    id: str
+    object: Literal["artifact.version"] = "artifact.version"
+    name: str
+    version: int
+    digest: str
+    created_at: datetime
+    yanked: bool
+    yank_reason: str | None = None
+    manifest: Manifest
+
+    @classmethod
+    def of(cls, version: ArtifactVersion) -> Version:
+        return cls(
+            id=version.ref,
+            name=version.name,
+            version=version.version,
+            digest=version.digest,
+            created_at=version.created_at,
+            yanked=version.yanked,
+            yank_reason=version.yank_reason,
+            manifest=version.manifest,
+        )
+
+
+class VersionAlias(BaseModel):
+    """A movable name of a version; `etag` is what `If-Match` of a move is compared with."""
+
+    id: str
+    object: Literal["artifact.alias"] = "artifact.alias"
+    name: str
+    alias: str
+    version: int
+    etag: str
+    moved_at: datetime
+    by: str | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, alias: Alias) -> VersionAlias:
+        return cls(id=f"{alias.name}@{alias.alias}", **vars(alias))
+
+
+class AliasList(BaseModel):
+    """All aliases of an artifact."""
+
+    object: Literal["list"] = "list"
+    data: list[VersionAlias]
+
+
+class ArtifactVersions(Artifact):
+    """An artifact with its versions, oldest first, and its aliases. Yanked versions are in it, and say so; where all
+    are, there is no `latest_version`.
+    """
+
+    versions: list[Version]
+    aliases: list[VersionAlias]
+
+
+class HistoryEntry(BaseModel):
+    """Who did what, when and why. `action` is set_alias, delete_alias, yank, unyank or delete."""
+
+    object: Literal["artifact.event"] = "artifact.event"
+    action: str
+    alias: str | None = None
+    from_version: int | None = None
+    to_version: int | None = None
+    at: datetime
+    by: str | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, entry: AuditEntry) -> HistoryEntry:
+        return cls.model_validate({field: getattr(entry, field) for field in cls.model_fields if field != "object"})
+
+
+class History(BaseModel):
+    """The audit trail of an artifact, oldest first."""
+
+    object: Literal["list"] = "list"
+    data: list[HistoryEntry]
+
+
+class Change(BaseModel):
+    """Who changes something, and why, as the caller says; both go into the history."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: Words | None = None
+    reason: Words | None = None
+
+
+class AliasTarget(Change):
+    """Where an alias shall point."""
+
+    version: int = Field(ge=1)
+
+
+async def get_store(request: Request) -> Store:
+    """The store of the running server."""
+    store = request.app.state.polyhelm.store
+    assert isinstance(store, Store)
+    return store
+
+
+StoreDep = Annotated[Store, Depends(get_store)]

@@ -1,0 +1,58 @@
+"""A preset in place of interventions, and the artifacts of running requests held, over HTTP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.e2e.conftest import Server
+
+pytestmark = pytest.mark.engine
+
+
+def publish_preset(server: Server, name: str, *items: dict[str, Any]) -> dict[str, Any]:
+    manifest = server.manifest(
+        kind="preset", sites=[], interventions=list(items), default_strength=1.0, default_layers=None, h_norm={}
+    )
+    response = server.send_artifact(name, manifest, {})
+    assert response.status_code in (200, 201), response.text
+    version: dict[str, Any] = response.json()
+    return version
+
+
+def test_a_preset_answers_as_its_interventions_do(server: Server) -> None:
+    server.publish("preset-a", seed=1)
+    server.publish("preset-b", seed=2)
+    parts = [{"artifact": "preset-a", "strength": 1.5}, {"artifact": "preset-b", "layers": [12], "op": "ablate"}]
+    publish_preset(server, "both", parts[0], {"artifact": "preset-b", "options": {"layers": [12], "op": "ablate"}})
+    by_hand, preset = server.complete(*parts), server.complete({"artifact": "both"})
+    assert preset["choices"][0]["text"] == by_hand["choices"][0]["text"] != server.text()
+    assert preset["steering"]["fingerprint"] == by_hand["steering"]["fingerprint"]
+    assert [each["preset"] for each in preset["steering"]["applied"]] == ["both@1", "both@1"]
+    server.publish("preset-a", seed=3)
+    assert server.complete({"artifact": "both"})["steering"]["fingerprint"] == by_hand["steering"]["fingerprint"]
+    assert server.text({"artifact": "both", "strength": 0.0}) == server.text()
+    refused = server.client.delete("/v1/artifacts/preset-b/versions/1")
+    assert refused.status_code == 409 and "preset both@1" in refused.json()["error"]["message"]
+
+
+def test_an_artifact_cannot_be_deleted_under_a_running_request(server: Server) -> None:
+    server.publish("held", seed=4)
+    body = {
+        "model": server.model,
+        "prompt": "Once upon a time",
+        "max_tokens": 400,
+        "ignore_eos": True,
+        "stream": True,
+        "steering": {"interventions": [{"artifact": "held", "strength": 0.5}]},
+    }
+    with server.client.stream("POST", "/v1/completions", json=body) as stream:
+        assert stream.status_code == 200
+        next(stream.iter_lines())
+        refused = server.client.delete("/v1/artifacts/held/versions/1")
+        assert refused.status_code == 409 and "requests of process" in refused.json()["error"]["message"]
+    server.complete(max_tokens=1)  # what was cancelled is gone by now
+    assert server.client.delete("/v1/artifacts/held/versions/1").status_code == 204
+    assert server.ask({"artifact": "held"}).status_code == 404
