@@ -115,7 +115,18 @@ class _Capture:
         """The size of the answer and its blocks."""
         prompts = [await self._token_ids(chat, prompt, index) for index, prompt in enumerate(self.body.prompts)]
         self._check_size(prompts)
-        prepared = await self._prepare(prompts)
+        if self.body.steering is None:
+            return await self._captured(prompts, folder, None)
+        prepared = self.polyhelm.steerer.prepare(self.body.steering)
+        try:
+            await self._check(prepared, [len(ids) for ids in prompts])
+            return await self._captured(prompts, folder, prepared)
+        finally:
+            prepared.life.end()
+
+    async def _captured(
+        self, prompts: Sequence[list[int]], folder: str, prepared: Prepared | None
+    ) -> tuple[int, Iterator[bytes]]:
         spec = CaptureSpec(
             self.plan.sites,
             self.plan.span,
@@ -178,17 +189,13 @@ class _Capture:
                 "prompts",
             )
 
-    async def _prepare(self, prompts: Sequence[Sequence[int]]) -> Prepared | None:
-        if self.body.steering is None:
-            return None
-        steerer = self.polyhelm.steerer
-        prepared = steerer.prepare(self.body.steering)
+    async def _check(self, prepared: Prepared, lengths: Sequence[int]) -> None:
+        """Raise ApiError where the edits can't act on prompts of these lengths, in tokens."""
         if prepared.settings.mode == "frozen":
             raise ApiError(400, 'activations are captured in one pass: leave out mode "frozen"', "steering.mode")
-        await steerer.check(prepared)
-        lengths = [len(ids) for ids in prompts]
+        await self.polyhelm.steerer.check(prepared)
         if prepared.settings.conflict == "error":
-            await steerer.refuse_conflicts(prepared, lengths)
+            await self.polyhelm.steerer.refuse_conflicts(prepared, lengths)
         # The engine would refuse it as well, but one prompt after another.
         for index, edit in enumerate(prepared.program.edits):
             for length in lengths:
@@ -197,7 +204,6 @@ class _Capture:
                 except SpanError as error:
                     field = prepared.field_at_fault(f"steering.interventions.{index}.apply")
                     raise ApiError(400, str(error), field) from error
-        return prepared
 
     async def _run_all(
         self, prompts: Sequence[list[int]], spec: CaptureSpec, prepared: Prepared | None

@@ -12,7 +12,6 @@ import os
 import platform
 import time
 import uuid
-import weakref
 from collections import Counter, deque
 from collections.abc import Iterable
 
@@ -40,10 +39,9 @@ class Leases:
         self._task: asyncio.Task[None] | None = None
 
     async def hold(self, prepared: Prepared) -> None:
-        """Keep the request's artifacts for as long as `prepared` lives. ArtifactNotFound where one is gone already."""
+        """Keep the request's artifacts until its life ends. ArtifactNotFound where one is gone already."""
         self._running.update(prepared.digests)
-        # Wherever a request ends, also one whose answer was never asked for, its `prepared` goes.
-        weakref.finalize(prepared.life, self._ended.append, prepared.digests)
+        prepared.life.at_end(self._ended.append, prepared.digests)
         fresh = time.monotonic() + self._seconds / 2
         try:
             await self._take(digest for digest in prepared.digests if self._until.get(digest, 0) < fresh)

@@ -52,7 +52,20 @@ class SteeringHandler:
             return await self._create(request, raw_request)
         if getattr(request, "use_beam_search", False):
             raise ApiError(400, "steering doesn't work with beam search: set use_beam_search to false", "steering")
-        prepared = await self._prepare(request, raw)
+        prepared = self._steerer.prepare(raw)
+        try:
+            result = await self._answer(request, raw_request, prepared)
+        except BaseException:
+            prepared.life.end()
+            raise
+        if not hasattr(result, "__aiter__"):
+            prepared.life.end()
+        return result
+
+    async def _answer(self, request: Any, raw_request: Any, prepared: Prepared) -> Any:
+        await self._steerer.check(prepared)
+        if prepared.settings.conflict == "error":
+            await self._steerer.refuse_conflicts(prepared, await self._prompt_lengths(request))
         if prepared.frozen_sites:
             clean = await frozen.capture(self._create, self._engine, request, raw_request, prepared.frozen_sites)
             if isinstance(clean, frozen.Refusal):
@@ -65,13 +78,6 @@ class SteeringHandler:
         if hasattr(result, "choices"):
             result.steering = (await self._receipt(prepared)).model_dump()
         return result
-
-    async def _prepare(self, request: Any, raw: object) -> Prepared:
-        prepared = self._steerer.prepare(raw)
-        await self._steerer.check(prepared)
-        if prepared.settings.conflict == "error":
-            await self._steerer.refuse_conflicts(prepared, await self._prompt_lengths(request))
-        return prepared
 
     async def _run(self, request: Any, raw_request: Any, prepared: Prepared) -> Any:
         self._engine.mark(request, prepared.program, prepared.receipt)
@@ -113,13 +119,16 @@ class SteeringHandler:
         return self._chunks(first, chunks, prepared)
 
     async def _chunks(self, held: str, chunks: AsyncGenerator[str], prepared: Prepared) -> AsyncGenerator[str]:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                if chunk.startswith(DONE) and not holds_error(held):
-                    held = with_receipt(held, await self._receipt(prepared))
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    if chunk.startswith(DONE) and not holds_error(held):
+                        held = with_receipt(held, await self._receipt(prepared))
+                    yield held
+                    held = chunk
                 yield held
-                held = chunk
-            yield held
+        finally:
+            prepared.life.end()
 
 
 def refuse_error(chunk: str, prepared: Prepared) -> None:

@@ -22,7 +22,18 @@ Site = tuple[Point, int]
 
 
 class Life:
-    """Exists while a request does, to be told of its end."""
+    """That of a request: ended by whoever answers it, or else by nobody holding it any more."""
+
+    def __init__(self) -> None:
+        self._ends: list[Callable[[], object]] = []
+
+    def at_end(self, call: Callable[[frozenset[str]], None], digests: frozenset[str]) -> None:
+        """Call once, when the request ends."""
+        self._ends.append(weakref.finalize(self, call, digests))
+
+    def end(self) -> None:
+        for call in self._ends:
+            call()
 
 
 @dataclass(frozen=True)

