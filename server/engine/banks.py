@@ -39,10 +39,12 @@ class Resident:
 
     @cached_property
     def ranks(self) -> npt.NDArray[np.int64]:
-        """Rows of `encoder`, `right` or `matrix` [highest layer + 1]; 0 at layers that have none."""
+        """Rows of `encoder`, `right` or `matrix`, or how many `indices` there are [highest layer + 1]; 0 at layers that
+        have none.
+        """
         ranks = np.zeros(max(self.layers) + 1, np.int64)
         for (layer, role), (_, shape) in self.pieces.items():
-            if role in ("encoder", "right", "matrix"):
+            if role in ("encoder", "right", "matrix", "indices"):
                 ranks[layer] = shape[0]
         return ranks
 
@@ -87,8 +89,10 @@ class Bank:
         """
         if start % width:
             raise ValueError(f"{key!r} starts at {start}, which is no multiple of its width {width}")
-        resident = Resident(width, {(piece.layer, piece.role): (start + piece.start, piece.shape) for piece in pieces})
         rank, ranks = shard
+        # Indices count from the beginning of the whole row.
+        kept = [piece for piece in pieces if ranks == 1 or piece.role != "indices"]
+        resident = Resident(width, {(piece.layer, piece.role): (start + piece.start, piece.shape) for piece in kept})
         part = width // ranks
         for first, shape in resident.pieces.values() if rank else ():
             if shape[-1] == width:

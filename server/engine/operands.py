@@ -17,7 +17,13 @@ import numpy.typing as npt
 from server.engine.edits import Opcode
 
 Float32 = npt.NDArray[np.float32]
-Role = Literal["vector", "inverse_norm", "mask", "encoder", "bias", "threshold", "decoder", "matrix", "left", "right"]
+Role = Literal[
+    "vector", "inverse_norm", "mask", "indices", "encoder", "bias", "threshold", "decoder", "matrix", "left", "right"
+]
+NUMBERS: frozenset[Role] = frozenset({"bias", "threshold", "inverse_norm", "indices"})
+"""Roles whose tensors have no rows of the activation's width."""
+SPARSE = 8
+"""A mask of which at most one number in so many isn't 0 has its indices beside it: a CPU then reads no others."""
 
 ROLES: dict[Opcode, tuple[frozenset[Role], ...]] = {
     "add": (frozenset({"vector"}),),
@@ -29,7 +35,7 @@ ROLES: dict[Opcode, tuple[frozenset[Role], ...]] = {
     "renorm": (),
     "gate": (frozenset({"vector"}),),
 }
-"""What each opcode reads; `map` in one of two forms. `inverse_norm` is derived from `vector`."""
+"""What each opcode reads; `map` in one of two forms. `inverse_norm` is derived from `vector`, `indices` from `mask`."""
 
 
 class Piece(NamedTuple):
@@ -65,7 +71,7 @@ def pack(tensors: Mapping[int, Mapping[Role, Float32]]) -> Operand:
     for layer, roles in tensors.items():
         complete = _complete(layer, roles, width)
         for role, value in complete.items():
-            (numbers if role in ("bias", "threshold", "inverse_norm") else rows).append((layer, role, value))
+            (numbers if role in NUMBERS else rows).append((layer, role, value))
     pieces, start = [], 0
     for layer, role, value in [*rows, *numbers]:
         pieces.append(Piece(layer, role, start, value.shape))
@@ -101,6 +107,10 @@ def _complete(layer: int, roles: Mapping[Role, Float32], width: int) -> dict[Rol
     if "vector" in complete:
         norm = float(np.linalg.norm(complete["vector"].astype(np.float64)))
         complete["inverse_norm"] = np.array([1 / norm if norm else 0], np.float32)
+    if "mask" in complete:
+        indices = np.flatnonzero(complete["mask"])
+        if 0 < len(indices) <= width // SPARSE:
+            complete["indices"] = indices.astype(np.float32)
     return complete
 
 

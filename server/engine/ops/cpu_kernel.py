@@ -81,30 +81,38 @@ class CpuKernel:
         The activation of a token is hidden + residual in float32, or `residual` alone; both are [tokens, width], in
         bfloat16, float16 or float32. What the program adds to it is added to `residual` and rounded once.
         """
-        if residual.dtype == torch.float16:  # Numba has no arithmetic for it
+        # Between two sites a layer's weights go through the caches: here every line costs several times what it would
+        # cost in a loop.
+        sample = self._samples.get(residual.dtype)
+        if sample is None:  # float16, for which Numba has no arithmetic
             wide = residual.float()
             self.launch(site, wide, None if hidden is None else hidden.float())
             residual.copy_(wide)
             return
-        steered = self._tables.steered
-        if len(steered) and steered[-1] >= len(residual):
-            raise ValueError(f"token {steered[-1]} of a step is edited, which has {len(residual)} activations")
-        if residual.stride(1) != 1 or (
-            hidden is not None and (hidden.stride(1) != 1 or hidden.shape != residual.shape)
-        ):
-            raise ValueError("activations need rows without gaps, and hidden the shape of residual")
         tables = self._tables
-        if tables.map_sites:
+        count, width = residual.shape
+        stride, unit = residual.stride()
+        address = hidden_stride = 0
+        if hidden is not None:
+            hidden_stride, hidden_unit = hidden.stride()
+            if hidden.shape != residual.shape or hidden_unit != 1:
+                raise ValueError("activations need rows without gaps, and hidden the shape of residual")
+            address = hidden.data_ptr()
+        if unit != 1:
+            raise ValueError("activations need rows without gaps")
+        if tables.last_steered >= count:
+            raise ValueError(f"token {tables.last_steered} of a step is edited, which has {count} activations")
+        if not tables.plan.is_empty:
             _map_ahead(tables, site, residual, hidden)
         _edit(
             site,
-            steered,
-            self._samples[residual.dtype],
+            tables.steered,
+            sample,
             residual.data_ptr(),
-            residual.stride(0),
-            0 if hidden is None else hidden.data_ptr(),
-            0 if hidden is None else hidden.stride(0),
-            residual.shape[1],
+            stride,
+            address,
+            hidden_stride,
+            width,
             self._bounds_at,
             tables.max_bounds,
             *self._arguments,
@@ -197,8 +205,12 @@ def _edit(
             if opcode == ADD:
                 _add(x, strength, first)
             elif opcode == SCALE:
-                for i in range(width):
-                    x[i] = x[i] * (np.float32(1) + strength * first[i])
+                if starts[4] > 0:
+                    for i in bank[starts[1] : starts[1] + starts[4]]:
+                        x[int(i)] *= np.float32(1) + strength * first[int(i)]
+                else:
+                    for i in range(width):
+                        x[i] = x[i] * (np.float32(1) + strength * first[i])
             elif opcode == SET:
                 x[:] = first
             elif opcode == ADD_NORM:

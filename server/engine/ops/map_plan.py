@@ -35,7 +35,7 @@ class MapPlan:
         self._bits = np.zeros(rows, np.int32)
         self._matrix = np.zeros((rows, max_edits), np.int64)
         """By row and edit: what tells one operand from another."""
-        self._was_empty = True
+        self.is_empty = True
 
     def set_row(self, row: int, edits: Int32, residents: Sequence[Resident | None]) -> None:
         """`edits` has the edit to compute at each site, or -1 [sites]."""
@@ -65,11 +65,11 @@ class MapPlan:
         """
         chosen = np.flatnonzero(tokens[:, 1] & self._bits[tokens[:, 0]])[: self.max_mapped]
         if not len(chosen):
-            if self._was_empty:
+            if self.is_empty:
                 return None
-            self._was_empty = True
+            self.is_empty = True
             return np.zeros(self.sites, np.int32)
-        self._was_empty = False
+        self.is_empty = False
         tokens[chosen, 3] = np.arange(len(chosen))
         plans: dict[bytes, int] = {}
         starts, parts, end = np.zeros(self.sites, np.int32), [], self.sites

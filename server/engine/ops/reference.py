@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.engine.banks import Bank, Resident
 from server.engine.edits import Condition, Edit, Function, Point, Program
-from server.engine.operands import Role
+from server.engine.operands import NUMBERS, Role
 
 
 class Applied(NamedTuple):
@@ -39,7 +39,7 @@ class Operands:
     def __getitem__(self, role: Role) -> Tensor:
         """float32 [..., width], or [rank] of the roles with one number per row."""
         tensor = self.bank.tensor(*self.resident.pieces[self.layer, role])
-        return tensor if role in ("bias", "threshold", "inverse_norm") else tensor[..., : self.width]
+        return tensor if role in NUMBERS else tensor[..., : self.width]
 
     def has(self, role: Role) -> bool:
         return (self.layer, role) in self.resident.pieces

@@ -112,7 +112,8 @@ class Tables:
         self.staged: Int32 = np.zeros((0, TOKEN_FIELDS), np.int32)
         """The step's part of `tokens`, on the host."""
         self.steered: Int64 = np.zeros(0, np.int64)
-        """Tokens of the step that an edit covers."""
+        """Tokens of the step that an edit covers, and the last of them, or -1."""
+        self.last_steered = -1
         self._changed = True
 
     def set_row(
@@ -191,6 +192,7 @@ class Tables:
         self._copy(self.tokens[:extent], padded)
         self.staged, self._changed = tokens, False
         self.steered = np.flatnonzero((tokens[:, 0] > 0) & (tokens[:, 1] != 0))
+        self.last_steered = int(self.steered[-1]) if len(self.steered) else -1
 
     def idle(self) -> None:
         """Lay out a step in which no token has a program."""
@@ -291,10 +293,12 @@ READS: dict[Opcode, tuple[Role, ...]] = {
     "set": ("vector",),
     "add_norm": ("vector", "inverse_norm"),
     "gate": ("vector", "inverse_norm"),
-    "scale": ("mask",),
+    "scale": ("mask", "indices"),
     "rank": ("encoder", "decoder", "bias", "threshold"),
 }
-"""The tensors that an opcode reads, in the order of their pointers; of `map`, `right` and `left`, or `matrix`."""
+"""The tensors that an opcode reads, in the order of their pointers; of `map`, `right` and `left`, or `matrix`. Not
+every mask has `indices`.
+"""
 
 
 def _pointers(edit: Edit, resident: Resident, layers: Int64) -> Int64:
@@ -311,10 +315,11 @@ def _pointers(edit: Edit, resident: Resident, layers: Int64) -> Int64:
         roles = READS[edit.opcode]
         for column, role in enumerate(roles):
             pointers[:, column] = _starts(resident, role, layers)
-    if (missing := np.argwhere(pointers[:, : len(roles)] < 0)).size:
+    required = 1 if edit.opcode == "scale" else len(roles)
+    if (missing := np.argwhere(pointers[:, :required] < 0)).size:
         at, column = missing[0]
         raise ValueError(f"{edit.opcode}: {edit.operand} has no {roles[column]} for layer {layers[at]}")
-    pointers[:, 4] = resident.ranks[layers] if edit.opcode in ("rank", "map") else 0
+    pointers[:, 4] = resident.ranks[layers] if edit.opcode in ("rank", "map", "scale") else 0
     if edit.opcode == "rank":
         _check_bounds(edit, set(pointers[:, 4].tolist()))
     return pointers

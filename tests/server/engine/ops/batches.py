@@ -113,7 +113,8 @@ def tensors(rng: np.random.Generator, kind: str, width: int, rank: int) -> dict[
         return rng.standard_normal(shape).astype(np.float32)
 
     if kind == "scale":
-        return {"mask": (rng.random(width) < 0.4).astype(np.float32)}
+        # Sparse ones are read by their indices.
+        return {"mask": (rng.random(width) < rng.choice((0.05, 0.4))).astype(np.float32) * normal(width)}
     if kind == "rank":
         biases: dict[Role, np.ndarray] = {"bias": normal(rank), "threshold": np.abs(normal(rank))}
         return {"encoder": normal(rank, width), "decoder": normal(rank, width) / width, **biases}
