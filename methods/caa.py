@@ -23,6 +23,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from methods import extractors
+
 Array = npt.NDArray[np.float32]
 Variant = Literal["mean_difference", "pca"]
 Pooling = Literal["last", "mean"]
@@ -72,8 +74,7 @@ def _vectors(differences: Array, variant: Variant) -> Array:
     mean: Array = differences.mean(axis=0)
     if variant == "mean_difference":
         return mean
-    _, _, components = np.linalg.svd(differences.transpose(1, 0, 2), full_matrices=False)
-    first: Array = components[:, 0]
+    first = np.stack([extractors.principal(differences[:, layer]) for layer in range(len(mean))])
     scaled: Array = (first * mean).sum(axis=1, keepdims=True) * first
     return scaled
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from fastapi.concurrency import run_in_threadpool
 
-from server.fits import CaaOptions, Data, FitSpec, Pair, Progress, data_digest, run_fit
+from server.fit_methods.base import Data, Progress
+from server.fit_methods.caa import CaaOptions, CaaSpec, Pair
+from server.fits import run_fit
 from server.models import ModelIdentity
 from steering_store import Store
 from steering_store.errors import ArtifactNotFound
@@ -19,13 +21,12 @@ if TYPE_CHECKING:
     from server.engine.client import Engine
 
 
-def demo_specs(layers: int) -> list[FitSpec]:
+def demo_specs(layers: int) -> list[CaaSpec]:
     """What to fit on a model of so many layers."""
     # Where and how strongly: measured on SmolLM2 (docs/sentiment.md, docs/french.md). In the second quarter of the
     # layers sentiment moves most before the text breaks; French comes only from earlier layers and a small strength.
     return [
-        FitSpec(
-            method="caa",
+        CaaSpec(
             name="sentiment",
             pairs=_pairs("sentiment.jsonl"),
             options=CaaOptions(pooling="mean", default_layers=_between(layers, 0.27, 0.53), default_strength=2.0),
@@ -34,8 +35,7 @@ def demo_specs(layers: int) -> list[FitSpec]:
             license="Apache-2.0",
             languages=["en"],
         ),
-        FitSpec(
-            method="caa",
+        CaaSpec(
             name="french",
             pairs=_pairs("french.jsonl"),
             options=CaaOptions(pooling="mean", default_layers=_between(layers, 0.17, 0.33), default_strength=0.3),
@@ -70,14 +70,14 @@ async def ensure_demo(
     return fitted
 
 
-def _present(spec: FitSpec, store: Store, identity: ModelIdentity) -> bool:
+def _present(spec: CaaSpec, store: Store, identity: ModelIdentity) -> bool:
     try:
         latest = store.resolve(spec.name).manifest
     except ArtifactNotFound:
         return False
     data = latest.provenance.data
     made_here = latest.model.weights_digest == identity["weights_digest"]
-    same_data = data is not None and data.sha256 == data_digest(spec.pairs)
+    same_data = data is not None and data.sha256 == spec.data_digest()
     options = spec.options
     defaults = (latest.default_layers, latest.default_strength)
     return made_here and same_data and defaults == (options.default_layers, options.default_strength)

@@ -20,8 +20,9 @@ import structlog
 from fastapi.concurrency import run_in_threadpool
 
 from server.api.errors import ApiError
+from server.fit_methods.base import MethodSpec
 from server.fit_records import FitFolder, FitJob, FitRecord, Progress
-from server.fits import FitSpec, run_fit
+from server.fits import run_fit
 from server.locks import POLL_SECONDS, holding
 from server.models import ModelIdentity
 from steering_store import Publication, Store
@@ -68,7 +69,7 @@ class FitJobs:
         self._records.heads()
         self._worker = asyncio.create_task(self._work())
 
-    async def submit(self, spec: FitSpec) -> FitJob:
+    async def submit(self, spec: MethodSpec) -> FitJob:
         """Accept a job; it is on disk when this returns."""
         job = FitJob(
             id=f"fit-{uuid.uuid4().hex[:16]}", name=spec.name, method=spec.method, created_at=datetime.now(UTC)

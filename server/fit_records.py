@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from server.fits import FitSpec
+from server.fit_methods.base import MethodSpec
+from server.fit_methods.registry import FitSpec
 from server.locks import locked
 from steering_store.blobs import fsync
 
@@ -98,7 +99,7 @@ class FitFolder:
         job = head.job.model_copy(update={"status": "running", "progress": progress})
         return FitHead(job=job, model=head.model)
 
-    def spec(self, fit_id: str) -> FitSpec:
+    def spec(self, fit_id: str) -> MethodSpec:
         """Of a job that isn't over."""
         spec = FitRecord.model_validate_json(self._record(fit_id).read_bytes()).spec
         assert spec is not None

@@ -1,216 +1,204 @@
 """Fits an artifact on the served model: capture, fit, publish. The same for the HTTP job, the command line and the
-demo.
+demo; what differs between the methods is in fit_methods/.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, field_validator
 from safetensors.numpy import save
 
-from methods import caa
 from server import __version__
 from server.api.errors import ApiError
+from server.engine.capture import CaptureSpec, pooling_span
+from server.engine.edits import Point
+from server.engine.spans import Span
+from server.fit_methods.base import Activations, Array, FitError, Fitted, MethodSpec, ModelShape, Progress, Wanted
 from server.models import ModelIdentity
 from steering_store import Publication, Store
-from steering_store.manifest import Language
+from steering_store.manifest import DType, Kind
 
 if TYPE_CHECKING:
-    from server.engine.client import Engine
+    from server.engine.client import CaptureRun, Engine
 
-Method = Literal["caa"]
 CONCURRENT_CAPTURES = 32
-Progress = Callable[[int, int], None]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
+FILES: dict[Kind, str] = {
+    "steering_vector": "vectors.safetensors",
+    "neuron_set": "neurons.safetensors",
+    "linear_map": "maps.safetensors",
+    "sae": "sae.safetensors",
+}
+"""The file that a fit's tensors are in."""
+
+_DTYPES: dict[str, DType] = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32"}
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+def model_shape(engine: Engine) -> ModelShape:
+    widths: dict[Any, int] = {point: int(each["width"]) for point, each in engine.points.items() if each["width"]}
+    return ModelShape(engine.layers, engine.heads, widths)
 
 
-class Pair(_Part):
-    """Two texts that differ in the property to steer: more of it, less of it."""
-
-    positive: Text
-    negative: Text
-
-
-class CaaOptions(_Part):
-    """See methods/caa.py."""
-
-    variant: caa.Variant = "mean_difference"
-    pooling: caa.Pooling = "last"
-    default_layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
-    default_strength: FiniteFloat = 1.0
-
-    @field_validator("default_layers")
-    @classmethod
-    def _each_once(cls, layers: list[int] | None) -> list[int] | None:
-        if layers is not None and len(set(layers)) < len(layers):
-            raise ValueError("a layer is named twice")
-        return layers
-
-
-class Data(_Part):
-    """Where the pairs come from, for the artifact's provenance."""
-
-    name: Annotated[str, StringConstraints(min_length=1)] = "uploaded pairs"
-    license: str | None = None
-
-
-class FitSpec(_Part):
-    """What to fit, from what, and the name to publish it under."""
-
-    method: Method
-    name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    pairs: Annotated[list[Pair], Field(min_length=2)]
-    options: CaaOptions = CaaOptions()
-    data: Data = Data()
-    description: str = ""
-    license: str | None = None
-    languages: list[Language] = []
-
-
-def data_digest(pairs: Sequence[Pair]) -> str:
-    """SHA-256 (hex) of the pairs in canonical form."""
-    rows = [[pair.positive, pair.negative] for pair in pairs]
-    return hashlib.sha256(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
-
-
-async def tokenize(spec: FitSpec, engine: Engine) -> list[tuple[list[int], list[int]]]:
-    """Token ids of every pair. ApiError 422 naming the first text that the model can't take."""
-    texts = [text for pair in spec.pairs for text in (pair.positive, pair.negative)]
-    encoded: list[list[int]] = await run_in_threadpool(lambda: engine.tokenizer(texts)["input_ids"])
-    least, most = 2 if spec.options.pooling == "mean" else 1, engine.max_model_len - 1
-    for index, ids in enumerate(encoded):
+async def check_spec(spec: MethodSpec, engine: Engine) -> list[list[int]]:
+    """The token ids of all texts. ApiError 422 naming the first text or option that the model can't take, or 400 where
+    this server can't capture what the method reads.
+    """
+    _check_points(spec.wanted().points, engine)
+    layers = engine.layers
+    if bad := [layer for layer in spec.options.default_layers or () if layer >= layers]:
+        raise ApiError(422, f"default_layers {bad} are outside the model's {layers} layers", "options.default_layers")
+    texts = spec.texts()
+    encoded: list[list[int]] = await run_in_threadpool(
+        lambda: engine.tokenizer([each.text for each in texts])["input_ids"]
+    )
+    least, most = 2 if spec.wanted().keep == "mean" else 1, engine.max_model_len - 1
+    for (where, _), ids in zip(texts, encoded, strict=True):
         if not least <= len(ids) <= most:
-            where = f"pairs.{index // 2}.{'negative' if index % 2 else 'positive'}"
             raise ApiError(422, f"{where}: {len(ids)} tokens; this model and pooling take {least} to {most}", where)
-    return list(zip(encoded[0::2], encoded[1::2], strict=True))
+    return encoded
+
+
+def _check_points(points: Sequence[Point], engine: Engine) -> None:
+    if engine.captures is not None:
+        raise ApiError(400, f"fitting needs captured activations: {engine.captures}")
+    for point in points:
+        if not (known := engine.points.get(point, {})).get("width"):
+            reason = known.get("reason") or "it isn't installed: name it in POLYHELM_POINTS"
+            raise ApiError(400, f"the method reads {point}, where this server captures nothing: {reason}", "options")
 
 
 async def run_fit(
-    spec: FitSpec,
+    spec: MethodSpec,
     engine: Engine,
     store: Store,
     identity: ModelIdentity,
     created_at: datetime,
     progress: Progress,
-    annotations: dict[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
 ) -> Publication:
-    """Capture both texts of every pair at every layer in one pass, fit, and publish. Raises ApiError or StoreError."""
-    pairs = await tokenize(spec, engine)
-    positive, negative, h_norm = await _capture(pairs, spec.options.pooling, engine, progress)
-    layers = spec.options.default_layers
-    config = caa.Config(
-        variant=spec.options.variant,
-        pooling=spec.options.pooling,
-        default_layers=None if layers is None else tuple(layers),
-        default_strength=spec.options.default_strength,
-    )
+    """Capture what the method wants of every text in one pass, fit, and publish. Raises ApiError or StoreError."""
+    ids = await check_spec(spec, engine)
+    activations = await _capture(ids, spec.wanted(), engine, progress)
     try:
-        fitted = await run_in_threadpool(caa.fit, positive, negative, config)
+        fitted = await run_in_threadpool(spec.fit, activations, model_shape(engine), progress)
+    except FitError as error:
+        raise ApiError(422, str(error), error.field) from error
     except ValueError as error:
         raise ApiError(422, str(error), "options") from error
-    if zero := [layer for layer in fitted.default_layers if not fitted.vectors[layer].any()]:
-        raise ApiError(
-            422, f"the two sides of the pairs don't differ at layers {zero}: steering would do nothing", "pairs"
-        )
-    manifest = _manifest(spec, config, fitted, h_norm, identity, engine, created_at, annotations or {})
-    tensors = {f"resid_post.{layer}": vector for layer, vector in enumerate(fitted.vectors)}
-    return await run_in_threadpool(store.publish, spec.name, manifest, {"vectors.safetensors": save(tensors)})
+    manifest = _manifest(spec, fitted, activations, identity, engine, created_at)
+    manifest["annotations"] = {**fitted.annotations, **(annotations or {})}
+    tensors = {_tensor_name(fitted, *key): np.ascontiguousarray(tensor) for key, tensor in fitted.tensors.items()}
+    return await run_in_threadpool(store.publish, spec.name, manifest, {FILES[fitted.kind]: save(tensors)})
 
 
-async def _capture(
-    pairs: list[tuple[list[int], list[int]]], pooling: caa.Pooling, engine: Engine, progress: Progress
-) -> tuple[caa.Array, caa.Array, caa.Array]:
-    """Activations [pairs, layers, hidden] of both sides, and the mean norm per layer [layers]."""
-    means = np.empty((2, len(pairs), engine.layers, engine.hidden_size), np.float32)
-    norms = np.zeros(engine.layers, np.float64)
+async def _capture(texts: list[list[int]], wanted: Wanted, engine: Engine, progress: Progress) -> Activations:
+    sites = tuple((point, layer) for point in wanted.points for layer in range(engine.layers))
+    span = Span(generation=False) if wanted.keep == "rows" else pooling_span(wanted.keep)
+    spec = CaptureSpec(sites, span, "rows" if wanted.keep == "rows" else "mean")
+    runs: list[dict[Point, tuple[Array, Array]] | None] = [None] * len(texts)
     slots = asyncio.Semaphore(CONCURRENT_CAPTURES)
-    done, total = 0, 2 * len(pairs)
-    progress(done, total)
+    done = 0
+    progress(done, len(texts))
 
-    async def capture(side: int, index: int) -> None:
+    async def capture(index: int) -> None:
         nonlocal done
         async with slots:
-            captured = await engine.capture(pairs[index][side], pooling)
-        means[side, index] = captured.mean
-        norms[:] += captured.norm
+            run = await engine.run_capture(texts[index], spec, detokenize=False)
+        runs[index] = {point: _stacked(run, point, engine.layers, wanted) for point in wanted.points}
         done += 1
-        progress(done, total)
+        progress(done, len(texts))
 
     async with asyncio.TaskGroup() as group:
-        for index in range(len(pairs)):
-            group.create_task(capture(0, index))
-            group.create_task(capture(1, index))
-    return means[0], means[1], (norms / total).astype(np.float32)
+        for index in range(len(texts)):
+            group.create_task(capture(index))
+    return await run_in_threadpool(_activations, [run for run in runs if run is not None], wanted)
+
+
+def _stacked(run: CaptureRun, point: Point, layers: int, wanted: Wanted) -> tuple[Array, Array]:
+    """The activations [layers, width] or [layers, tokens, width], and their mean L2 norm [layers], float32."""
+    names = [f"{point}.{layer}" for layer in range(layers)]
+    values: Array = np.stack([run.tensors[name].numpy() for name in names])
+    if wanted.keep == "rows":
+        return values, np.linalg.norm(values, axis=2).mean(1)
+    return values, np.stack([run.tensors[f"{name}.norm"].numpy() for name in names])
+
+
+def _activations(runs: Sequence[Mapping[Point, tuple[Array, Array]]], wanted: Wanted) -> Activations:
+    values = {point: [run[point][0] for run in runs] for point in wanted.points}
+    return Activations(
+        pooled={} if wanted.keep == "rows" else {point: np.stack(values[point]) for point in wanted.points},
+        rows=values if wanted.keep == "rows" else {},
+        norms={point: np.mean([run[point][1] for run in runs], axis=0) for point in wanted.points},
+    )
+
+
+def _tensor_name(fitted: Fitted, layer: int, role: str | None) -> str:
+    return f"{fitted.point}.{layer}" + (f".{role}" if role else "")
 
 
 def _manifest(
-    spec: FitSpec,
-    config: caa.Config,
-    fitted: caa.Fit,
-    h_norm: caa.Array,
+    spec: MethodSpec,
+    fitted: Fitted,
+    activations: Activations,
     identity: ModelIdentity,
     engine: Engine,
     created_at: datetime,
-    annotations: dict[str, str],
 ) -> dict[str, Any]:
-    best = int(np.argmax(fitted.agreement))
+    shape = model_shape(engine)
     return {
         "schema_version": 1,
-        "kind": "steering_vector",
+        "kind": fitted.kind,
         "description": spec.description,
         "model": {
             "architecture": identity["architecture"] or engine.architecture,
             "hidden_size": engine.hidden_size,
             "num_layers": engine.layers,
+            "widths": _own_widths(fitted.point, shape),
             "weights_digest": identity["weights_digest"],
             "tokenizer_digest": identity["tokenizer_digest"],
             "name": engine.model_name,
         },
         "sites": [
             {
-                "point": "resid_post",
+                "point": fitted.point,
                 "layer": layer,
-                "file": "vectors.safetensors",
-                "tensor": f"resid_post.{layer}",
-                "shape": [engine.hidden_size],
-                "dtype": "F32",
+                "role": role,
+                "file": FILES[fitted.kind],
+                "tensor": _tensor_name(fitted, layer, role),
+                "shape": list(tensor.shape),
+                "dtype": _DTYPES[str(tensor.dtype)],
             }
-            for layer in range(engine.layers)
+            for (layer, role), tensor in fitted.tensors.items()
         ],
-        "default_strength": config.default_strength,
+        "activation": fitted.activation,
+        "default_strength": fitted.default_strength,
+        "strength_range": fitted.strength_range,
         "default_layers": list(fitted.default_layers),
-        "h_norm": {str(layer): float(norm) for layer, norm in enumerate(h_norm)},
-        "languages": spec.languages,
+        "h_norm": {str(layer): float(norm) for layer, norm in enumerate(activations.norms.get(fitted.point, ()))},
+        "languages": list(fitted.languages) or spec.languages,
         "provenance": {
             "method": spec.method,
-            "config": {key: value for key, value in asdict(config).items() if not isinstance(value, tuple)},
+            "config": dict(fitted.config),
             "data": {
                 "name": spec.data.name,
-                "sha256": data_digest(spec.pairs),
-                "rows": len(spec.pairs),
+                "sha256": spec.data_digest(),
+                "rows": len(spec.items),
                 "license": spec.data.license,
             },
             "code_version": __version__,
+            "seed": fitted.seed,
             "created_at": created_at.isoformat(),
+            "parents": list(fitted.parents),
         },
-        "metrics": {
-            "agreement_best": float(fitted.agreement[best]),
-            "agreement_best_layer": float(best),
-            "agreement_default_layers": float(fitted.agreement[list(fitted.default_layers)].mean()),
-        },
+        "metrics": dict(fitted.metrics),
         "license": spec.license,
-        "annotations": annotations,
     }
+
+
+def _own_widths(point: Point, shape: ModelShape) -> dict[str, int] | None:
+    """Of the points where an activation's width isn't the hidden size, the one that the artifact acts at."""
+    return {point: shape.widths[point]} if point in ("head_out", "mlp_act") else None

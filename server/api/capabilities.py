@@ -11,7 +11,7 @@ from methods import kinds
 from server import __version__
 from server.api.errors import EnvelopeRoute
 from server.engine.edits import OPCODES
-from server.fits import Method
+from server.fit_methods.registry import METHODS
 from steering_store.manifest import Kind
 
 router = APIRouter(tags=["capabilities"], route_class=EnvelopeRoute)
@@ -63,7 +63,7 @@ async def get_capabilities(request: Request) -> Capabilities:
         hidden_size=engine.hidden_size,
         points={name: _point(point) for name, point in engine.points.items()},
         opcodes=list(OPCODES),
-        methods=list(get_args(Method)),
+        methods=list(METHODS),
         artifact_kinds={
             kind: list(kinds.OPS[kind] or get_args(kinds.FeatureOp)) for kind in get_args(Kind) if kind in kinds.OPS
         },

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from server.api.errors import ApiError, EnvelopeRoute
 from server.fit_jobs import FitJob, FitJobs
-from server.fits import FitSpec, tokenize
+from server.fit_methods.registry import FitSpec, untagged
+from server.fits import check_spec
 from steering_store.reference import check_name
 
-router = APIRouter(prefix="/v1/fits", tags=["fits"], route_class=EnvelopeRoute)
+
+class _Untagged(APIRoute):
+    """A body that is one of several classes: its errors are told by the fields that the user wrote."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def untagging(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except RequestValidationError as error:
+                errors = [untagged(each, depth=1) for each in error.errors()]
+                raise RequestValidationError(errors, body=error.body) from error
+
+        return untagging
+
+
+class _Route(EnvelopeRoute, _Untagged):
+    pass
+
+
+router = APIRouter(prefix="/v1/fits", tags=["fits"], route_class=_Route)
 
 
 class FitList(BaseModel):
@@ -33,13 +58,11 @@ Jobs = Annotated[FitJobs, Depends(_jobs)]
 async def create_fit(spec: FitSpec, request: Request, response: Response, jobs: Jobs) -> FitJob:
     """Accept a fit. Poll `Location` until `status` is succeeded, failed or cancelled."""
     most = request.app.state.polyhelm.settings.max_fit_pairs
-    if len(spec.pairs) > most:
-        raise ApiError(413, f"{len(spec.pairs)} pairs: at most {most} are accepted", "pairs")
+    if len(spec.items) > most:
+        field = spec.data_field
+        raise ApiError(413, f"{len(spec.items)} {field}: at most {most} are accepted (POLYHELM_MAX_FIT_PAIRS)", field)
     check_name(spec.name)
-    layers = jobs.engine.layers
-    if bad := [layer for layer in spec.options.default_layers or () if layer >= layers]:
-        raise ApiError(422, f"default_layers {bad} are outside the model's {layers} layers", "options.default_layers")
-    await tokenize(spec, jobs.engine)
+    await check_spec(spec, jobs.engine)
     job = await jobs.submit(spec)
     response.headers["Location"] = f"/v1/fits/{job.id}"
     return job

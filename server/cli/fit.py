@@ -1,30 +1,18 @@
-"""`polyhelm fit`: fit an artifact, on a running server or on an engine started for it."""
+"""`polyhelm fit`: fit an artifact, on a running server or on an engine started for it. A command per method; what they
+share is in fitting.py.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import httpx
 import typer
-from pydantic import ValidationError
 
-from server.progress import Reporter
-
-if TYPE_CHECKING:
-    from server.fits import FitSpec
+from server.cli.fitting import command
 
 app = typer.Typer(help="Fit an artifact from data.", no_args_is_help=True)
 
-Pairs = Annotated[
-    Path,
-    typer.Option(
-        envvar="POLYHELM_PAIRS", exists=True, dir_okay=False, help='JSON lines {"positive": ..., "negative": ...}.'
-    ),
-]
+Pooling = Annotated[str | None, typer.Option(envvar="POLYHELM_POOLING", help="last (the default) or mean.")]
 
 
 @app.callback()
@@ -32,160 +20,140 @@ def _group() -> None:
     """Fit an artifact from data."""
 
 
-@app.command()
+@command(app, "caa", "pairs", '{"positive": ..., "negative": ...}')
 def caa(
-    pairs: Pairs,
-    name: Annotated[str, typer.Option(envvar="POLYHELM_NAME", help="The name to publish under.")],
-    url: Annotated[
-        str | None,
-        typer.Option(envvar="POLYHELM_URL", help="Fit on this running server; else an engine is started here."),
-    ] = None,
-    model: Annotated[str, typer.Option(envvar="POLYHELM_MODEL", help="Without --url: the model.")] = "smollm2",
-    data_dir: Annotated[Path, typer.Option(envvar="POLYHELM_DATA_DIR", help="Without --url: the data folder.")] = Path(
-        "polyhelm-data"
-    ),
     variant: Annotated[
-        str, typer.Option(envvar="POLYHELM_VARIANT", help="mean_difference or pca.")
-    ] = "mean_difference",
-    pooling: Annotated[str, typer.Option(envvar="POLYHELM_POOLING", help="last or mean.")] = "last",
-    layers: Annotated[
-        str | None,
-        typer.Option(envvar="POLYHELM_LAYERS", help="Default layers of the artifact, such as 10-19 or 12,13."),
+        str | None, typer.Option(envvar="POLYHELM_VARIANT", help="mean_difference (the default) or pca.")
     ] = None,
-    strength: Annotated[
-        float, typer.Option(envvar="POLYHELM_STRENGTH", help="Default strength of the artifact.")
-    ] = 1.0,
-    description: Annotated[str, typer.Option(envvar="POLYHELM_DESCRIPTION")] = "",
-    license: Annotated[str | None, typer.Option(envvar="POLYHELM_LICENSE", help="Licence of the artifact.")] = None,
-    data_license: Annotated[
-        str | None, typer.Option(envvar="POLYHELM_DATA_LICENSE", help="Licence of the pairs.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", envvar="POLYHELM_JSON", help="Print JSON, for programs.")] = False,
-) -> None:
+    pooling: Pooling = None,
+) -> dict[str, Any]:
     """Contrastive activation addition: the mean difference, or the first principal component, of pairs of texts."""
-    from server.api.errors import ApiError
-    from server.fits import FitSpec
-    from server.models import ModelError
-    from steering_store.errors import StoreError
-
-    try:
-        body = {
-            "method": "caa",
-            "name": name,
-            "pairs": _read_pairs(pairs),
-            "options": {
-                "variant": variant,
-                "pooling": pooling,
-                "default_layers": None if layers is None else _layers(layers),
-                "default_strength": strength,
-            },
-            "data": {"name": pairs.name, "license": data_license},
-            "description": description,
-            "license": license,
-        }
-        spec = FitSpec.model_validate(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 2)
-    reporter = Reporter()
-    try:
-        artifact = _remote(url, spec, reporter) if url else asyncio.run(_local(spec, model, data_dir, reporter))
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        _fail(f"{url}: {error}; start a server there, or correct --url", 1)
-    except (ApiError, StoreError, ModelError) as error:
-        _fail(str(error), 1)
-    typer.echo(json.dumps(artifact) if as_json else f"published {artifact['artifact']}")
+    return {"variant": variant, "pooling": pooling}
 
 
-def _fail(message: str, code: int) -> Any:
-    typer.echo(f"polyhelm: {message}", err=True)
-    raise typer.Exit(code)
+@command(app, "sadi", "pairs", '{"prompt": ..., "positive": ..., "negative": ...}')
+def sadi(
+    component: Annotated[
+        str | None, typer.Option(envvar="POLYHELM_COMPONENT", help="heads (the default), neurons, hidden or mlp.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(envvar="POLYHELM_TOP_K", help="Elements over all layers; 6 heads, 100 neurons, else 10."),
+    ] = None,
+    selection: Annotated[
+        str | None, typer.Option(envvar="POLYHELM_SELECTION", help="signed_top (the default) or abs_top.")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            envvar="POLYHELM_FORM", help="adaptive (the default), or fixed: the paper's ablation, a steering vector."
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """SADI: scale the heads, neurons or dimensions that tell right answers from wrong ones."""
+    return {"component": component, "top_k": top_k, "selection": selection, "form": form}
 
 
-def _layers(text: str) -> list[int]:
-    """`10-12,20` is [10, 11, 12, 20]."""
-    layers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            layers += range(int(first), int(last or first) + 1)
-    except ValueError:
-        layers = []
-    if not layers:
-        raise typer.BadParameter(f"{text!r} names no layers: write them as 10-19 or 12,13", param_hint="--layers")
-    return layers
+@command(app, "incline", "pairs", '{"source": ..., "target": ...}')
+def incline(
+    source_language: Annotated[
+        str, typer.Option(envvar="POLYHELM_SOURCE_LANGUAGE", help="Of the sources, as a tag such as sw.")
+    ],
+    target_language: Annotated[
+        str | None, typer.Option(envvar="POLYHELM_TARGET_LANGUAGE", help="Of the targets; en unless given.")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(envvar="POLYHELM_COMPONENT", help="hidden (the default), attention or ffn.")
+    ] = None,
+    pooling: Pooling = None,
+    solver: Annotated[
+        str | None, typer.Option(envvar="POLYHELM_SOLVER", help="ridge (the default), or min_norm, the paper's.")
+    ] = None,
+    ridge: Annotated[
+        float | None,
+        typer.Option(
+            envvar="POLYHELM_RIDGE",
+            help="In units of the mean squared length of a state; by held-out error unless given.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(envvar="POLYHELM_RANK", help="Store the best map of this rank; the whole map unless given."),
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            envvar="POLYHELM_MIX",
+            help="none (the default), source_first or target_first: join every second pair, as the released code.",
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """INCLINE: a linear map per layer from a language's states to another's, from aligned translations."""
+    return {
+        "source_language": source_language,
+        "target_language": target_language,
+        "component": component,
+        "pooling": pooling,
+        "solver": solver,
+        "ridge": ridge,
+        "rank": rank,
+        "mix": mix,
+    }
 
 
-def _read_pairs(file: Path) -> list[Any]:
-    rows = []
-    try:
-        lines = file.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"{file} is not UTF-8: {error.reason}", param_hint="--pairs") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise typer.BadParameter(f"{file}, line {number}, is not JSON: {error}", param_hint="--pairs") from None
-    return rows
+@command(app, "direction", "pairs", '{"positive": ..., "negative": ...}')
+def direction(
+    extractor: Annotated[
+        str | None,
+        typer.Option(envvar="POLYHELM_EXTRACTOR", help="mean_difference (the default), pca, logistic or rfm."),
+    ] = None,
+    pooling: Pooling = None,
+    penalty: Annotated[
+        float | None, typer.Option(envvar="POLYHELM_PENALTY", help="Of the logistic probe; 0.01 unless given.")
+    ] = None,
+    everywhere: Annotated[
+        int | None,
+        typer.Option(envvar="POLYHELM_EVERYWHERE", help="Use this layer's vector at all layers, for ablation."),
+    ] = None,
+) -> dict[str, Any]:
+    """A direction by any extractor, to steer along, to ablate, or to read a condition from."""
+    return {"extractor": extractor, "pooling": pooling, "penalty": penalty, "everywhere": everywhere}
 
 
-def _remote(url: str, spec: FitSpec, reporter: Reporter) -> dict[str, Any]:
-    from server.api.errors import ApiError
-
-    show = reporter.progress(spec.name)
-    with httpx.Client(base_url=url, timeout=60) as client:
-        job = _checked(client.post("/v1/fits", json=spec.model_dump()))
-        shown = -1
-        while job["status"] in ("queued", "running"):
-            time.sleep(0.5)
-            job = _checked(client.get(f"/v1/fits/{job['id']}"))
-            done, total = job["progress"]["done"], job["progress"]["total"]
-            if total and done != shown:
-                if shown < 0 < done:
-                    show(0, total)
-                show(done, total)
-                shown = done
-    if job["status"] != "succeeded":
-        raise ApiError(500, f"fit {job['id']} {job['status']}: {job['error']}")
-    return job
-
-
-def _checked(response: httpx.Response) -> dict[str, Any]:
-    from server.api.errors import ApiError
-
-    try:
-        body: dict[str, Any] = response.json()
-        if response.is_success and body["object"] == "fit":
-            return body
-        error = body["error"]
-        refusal = ApiError(response.status_code, str(error["message"]), error.get("param"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        told = f"{response.url} answered {response.status_code}, and not as polyhelm does: {response.text[:200]}"
-        refusal = ApiError(response.status_code, told)
-    raise refusal
-
-
-async def _local(spec: FitSpec, model: str, data_dir: Path, reporter: Reporter) -> dict[str, Any]:
-    from datetime import UTC, datetime
-
-    from server.app import open_store
-    from server.engine import frontend
-    from server.fits import run_fit
-    from server.models import model_identity, resolve_model
-    from server.settings import Settings
-
-    settings = Settings(model=model, data_dir=data_dir, port=0)
-    resolved = resolve_model(model, data_dir, reporter.step)
-    store = open_store(settings)
-    args = frontend.parse_args(resolved, settings, [])
-    reporter.step("starting the engine")
-    try:
-        async with frontend.open_engine(args, settings) as engine:
-            publication = await run_fit(
-                spec, engine, store, model_identity(resolved.path), datetime.now(UTC), reporter.progress(spec.name)
-            )
-    except frontend.EngineStartError as error:
-        _fail(str(error), 1)
-    version = publication.version
-    return {"artifact": version.ref, "digest": version.digest, "metrics": version.manifest.metrics}
+@command(app, "shared_neurons", "inputs", '{"texts": {"en": ..., "de": ...}}')
+def shared_neurons(
+    form: Annotated[
+        str | None,
+        typer.Option(envvar="POLYHELM_FORM", help="category (the default), or clas: more partial, less specific."),
+    ] = None,
+    category: Annotated[
+        str | None,
+        typer.Option(
+            envvar="POLYHELM_CATEGORY",
+            help="all_shared (the default), partial_shared, specific or non_activated.",
+        ),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(envvar="POLYHELM_SHARE", help="Of the inputs in which a neuron must belong to it; 0.5."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(envvar="POLYHELM_THRESHOLD", help="Above it a neuron is active; 0.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(envvar="POLYHELM_BETA", help="CLAS; 0.2.")] = None,
+    gamma: Annotated[float | None, typer.Option(envvar="POLYHELM_GAMMA", help="CLAS; 0.2.")] = None,
+    control: Annotated[
+        int | None,
+        typer.Option(envvar="POLYHELM_CONTROL", help="A seed: as many random neurons of each layer instead."),
+    ] = None,
+) -> dict[str, Any]:
+    """The neurons that languages share, or don't, to deactivate or to scale."""
+    return {
+        "form": form,
+        "category": category,
+        "share": share,
+        "threshold": threshold,
+        "beta": beta,
+        "gamma": gamma,
+        "control": control,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -23,13 +24,17 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.bank_directory import BankFull
-from server.engine.capture import CaptureSpec, Pooling, pooling_span
+from server.engine.capture import CaptureSpec
 from server.engine.edits import Program
 from server.engine.seams import CAPTURE, PROGRAM, RECEIPT, program_of
 from server.engine.seams.core import MISSING
 from server.engine.spans import clip
 from server.engine.spool import Stored, joined
 from server.engine.uploader import Loader, Uploader
+
+log = logging.getLogger(__name__)
+
+DROP_SECONDS = 10.0
 
 PrefixCache = Literal["tagged", "cache_salt", "off"]
 
@@ -56,15 +61,6 @@ class Unavailable(GenerationError, BankFull):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.status_code = HTTPStatus.SERVICE_UNAVAILABLE
-
-
-class Captured(NamedTuple):
-    """Mean activation over the captured tokens of one text."""
-
-    mean: np.ndarray
-    """float32 [sites, hidden]."""
-    norm: np.ndarray
-    """Mean L2 norm, float32 [sites]."""
 
 
 class CaptureRun(NamedTuple):
@@ -148,6 +144,12 @@ class Engine:
     @property
     def max_model_len(self) -> int:
         return self.client.model_config.max_model_len
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a layer: contexts side by side in `head_out`."""
+        heads: int = self.client.model_config.hf_text_config.num_attention_heads
+        return heads
 
     @property
     def vocab_size(self) -> int:
@@ -264,16 +266,6 @@ class Engine:
         outputs = [each async for each in self.client.generate(prompt, params, f"polyhelm-{uuid.uuid4().hex}")]
         return outputs[-1]
 
-    async def capture(self, token_ids: Sequence[int], pooling: Pooling) -> Captured:
-        """The residual stream after every layer for one text, averaged over its tokens or at its last one."""
-        sites = tuple(("resid_post", layer) for layer in range(self.layers))
-        run = await self.run_capture(token_ids, CaptureSpec(sites, pooling_span(pooling)), detokenize=False)
-        names = [f"{point}.{layer}" for point, layer in sites]
-        return Captured(
-            np.stack([run.tensors[name].numpy() for name in names]),
-            np.stack([run.tensors[f"{name}.norm"].numpy() for name in names]),
-        )
-
     async def run_capture(
         self,
         token_ids: Sequence[int],
@@ -311,8 +303,16 @@ class Engine:
                 raise RuntimeError(f"nothing was captured at {', '.join(sorted(missing))}")
             return CaptureRun(output, tensors, None if program is None else await self.receipt(receipt))
         except BaseException:
-            await self._ask_workers("polyhelm_drop_captured", receipt)
+            await self._drop_captured(receipt)
             raise
+
+    async def _drop_captured(self, receipt: str) -> None:
+        try:
+            async with asyncio.timeout(DROP_SECONDS):
+                await self._ask_workers("polyhelm_drop_captured", receipt)
+        except TimeoutError:
+            # An engine that is gone or shutting down answers nobody, and would keep this process from ending.
+            log.warning("the workers didn't answer whether they let go of the activations of %s", receipt)
 
     async def chat_tokens(self, handler: Any, messages: Any) -> list[int]:
         """The prompt that vLLM's chat handler makes of messages. ValueError with vLLM's reason where it makes none."""

@@ -367,7 +367,7 @@ def memory(server: Server) -> int:
         ({"pairs": [*PAIRS, {"positive": "x"}]}, "pairs.3.negative", ["required"]),
         ({"pairs": [*PAIRS, {"positive": "x", "negative": "a b " * 3000}]}, "pairs.3.negative", ["1 to 2047"]),
         ({"pairs": [*PAIRS, {"positive": "x", "negative": "\ud800"}]}, "pairs.3.negative", ["unicode"]),
-        ({"method": "sadi"}, "method", ["'caa'"]),
+        ({"method": "nonsense"}, "method", ["need one of caa, "]),
         ({"options": {"poling": "last"}}, "options.poling", ["remove it"]),
         ({"options": {"pooling": "first"}}, "options.pooling", ["'last' or 'mean'"]),
         ({"options": {"default_strength": float("nan")}}, "options.default_strength", ["finite"]),

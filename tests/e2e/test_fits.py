@@ -220,7 +220,9 @@ def test_doctor_finds_nothing_wrong_but_the_port_in_use(server: Server, tmp_path
     [
         (["fit", "caa", "--name", "x"], "--pairs"),
         (["fit", "caa", "--pairs", "missing.jsonl", "--name", "x"], "missing.jsonl"),
-        (["fit", "sadi"], "sadi"),
+        (["fit", "no-such-method"], "no-such-method"),
+        (["fit", "sadi", "--pairs", "FILE", "--name", "x", "--component", "head"], "component"),
+        (["fit", "incline", "--pairs", "FILE", "--name", "x"], "--source-language"),
         (["fit", "caa", "--pairs", "FILE", "--name", "x", "--strength", "much"], "--strength"),
         (["fit", "caa", "--pairs", "FILE", "--name", "x", "--pooling", "first"], "pooling"),
         (["fit", "caa", "--pairs", "FILE", "--name", "x", "--layers", "a-b"], "layers"),

@@ -19,9 +19,11 @@ import pytest
 
 from server import fit_jobs, locks
 from server.api.errors import ApiError
+from server.engine.capture import CaptureSpec
+from server.engine.edits import POINTS
 from server.fit_jobs import FitJobs
+from server.fit_methods.caa import CaaSpec, Pair
 from server.fit_records import FitFolder
-from server.fits import FitSpec, Pair
 from server.models import ModelIdentity
 from steering_store import Store
 from steering_store.errors import ArtifactNotFound
@@ -30,15 +32,21 @@ LAYERS, HIDDEN = 2, 4
 TEXTS = 4
 
 
+def stored(array: Any) -> SimpleNamespace:
+    return SimpleNamespace(numpy=lambda: array)
+
+
 class FakeEngine:
     """Captures made-up activations, and nothing while `held`."""
 
-    layers, hidden_size, max_model_len = LAYERS, HIDDEN, 64
+    layers, hidden_size, max_model_len, heads = LAYERS, HIDDEN, 64, 2
+    captures = None
     model_name, architecture = "fake", "FakeForCausalLM"
 
     def __init__(self) -> None:
         self.alive = True
-        self.captures = 0
+        self.points = {point: {"width": HIDDEN} for point in POINTS}
+        self.captured = 0
         self.cut_off = 0
         self.go = asyncio.Event()
         self.go.set()
@@ -46,8 +54,8 @@ class FakeEngine:
     def tokenizer(self, texts: list[str]) -> dict[str, list[list[int]]]:
         return {"input_ids": [list(text.encode()) for text in texts]}
 
-    async def capture(self, ids: list[int], pooling: str) -> SimpleNamespace:
-        self.captures += 1
+    async def run_capture(self, ids: list[int], spec: CaptureSpec, *, detokenize: bool) -> SimpleNamespace:
+        self.captured += 1
         try:
             await self.go.wait()
         except asyncio.CancelledError:
@@ -55,8 +63,14 @@ class FakeEngine:
             raise
         if not self.alive:
             raise RuntimeError("the engine is dead")
-        mean = np.random.default_rng(ids).standard_normal((LAYERS, HIDDEN)).astype(np.float32)
-        return SimpleNamespace(mean=mean, norm=np.ones(LAYERS, np.float32))
+        random = np.random.default_rng(ids)
+        tensors = {}
+        for point, layer in spec.sites:
+            width = self.points[point]["width"]
+            rows = random.standard_normal((len(ids), width)).astype(np.float32)
+            tensors[f"{point}.{layer}"] = stored(rows if spec.keep == "rows" else rows[-1])
+            tensors[f"{point}.{layer}.norm"] = stored(np.float32(1))
+        return SimpleNamespace(tensors=tensors)
 
 
 def identity(weights: str = "sha256:" + "a" * 64) -> ModelIdentity:
@@ -70,10 +84,8 @@ def identity(weights: str = "sha256:" + "a" * 64) -> ModelIdentity:
     )
 
 
-def spec(name: str) -> FitSpec:
-    return FitSpec(
-        method="caa", name=name, pairs=[Pair(positive=f"good {i}", negative=f"bad {i}") for i in range(TEXTS // 2)]
-    )
+def spec(name: str) -> CaaSpec:
+    return CaaSpec(name=name, pairs=[Pair(positive=f"good {i}", negative=f"bad {i}") for i in range(TEXTS // 2)])
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +151,7 @@ def test_one_process_runs_what_all_accept_once_each(tmp_path: Path) -> None:
             assert [job.id for job in lists[0]] == [job.id for job in accepted]
             assert {job.progress.done for job in lists[0]} == {TEXTS}
             assert [versions(all_jobs[2], f"fit-{number}") for number in range(12)] == [1] * 12
-            assert [engine.captures for engine in engines] == [12 * TEXTS, 0, 0]
+            assert [engine.captured for engine in engines] == [12 * TEXTS, 0, 0]
 
     asyncio.run(run())
 
@@ -168,7 +180,7 @@ def test_a_cancelled_job_stops_and_publishes_nothing(tmp_path: Path, by: str) ->
         canceller = owner if by == "owner" else other
         async with started(owner, other):
             running, queued = [await other.submit(spec("cancelled")) for _ in range(2)]
-            await until(lambda: other.get(running.id).status == "running" and engine.captures == TEXTS)
+            await until(lambda: other.get(running.id).status == "running" and engine.captured == TEXTS)
             for job in (queued, running):
                 assert (await canceller.cancel(job.id)).status == "cancelled"
                 assert [each.get(job.id).status for each in (owner, other)] == ["cancelled"] * 2
@@ -198,7 +210,7 @@ def test_a_cancellation_that_the_runner_has_not_seen_still_keeps_it_from_publish
         owner, other = jobs_of(tmp_path, engine), jobs_of(tmp_path, FakeEngine())
         async with started(owner, other):
             job = await owner.submit(spec("late"))
-            await until(lambda: engine.captures == TEXTS)
+            await until(lambda: engine.captured == TEXTS)
             await other.cancel(job.id)
             engine.go.set()
             await until(lambda: owner._running is None)
@@ -246,7 +258,7 @@ async def run(root):
     jobs = jobs_of(root, engine)
     jobs.start()
     await jobs.submit(spec("inherited"))
-    while engine.captures == 0:
+    while engine.captured == 0:
         await asyncio.sleep(0.01)
     (root / "fits" / "half-written.tmp").write_text("{")
     print("running", flush=True)
@@ -271,10 +283,10 @@ def test_another_process_takes_over_when_the_one_that_runs_the_jobs_is_killed(tm
                     (job,) = jobs.list()
                     await until(lambda: jobs.get(job.id).status == "running")
                     await asyncio.sleep(0.3)
-                    assert engine.captures == 0
+                    assert engine.captured == 0
                     holder.kill()
                     assert await over(jobs, job.id) == "succeeded"
-                    assert (versions(jobs, "inherited"), engine.captures) == (1, TEXTS)
+                    assert (versions(jobs, "inherited"), engine.captured) == (1, TEXTS)
                     await until(lambda: {path.suffix for path in jobs.folder.iterdir()} == {".json", ".lock"})
 
             asyncio.run(run())
@@ -295,7 +307,7 @@ def test_a_job_cut_off_after_publishing_is_not_run_again(tmp_path: Path) -> None
         async with started(second):
             assert await over(second, job.id) == "succeeded"
             assert second.get(job.id).artifact == "published@1"
-            assert (versions(second, "published"), engine.captures) == (1, TEXTS)
+            assert (versions(second, "published"), engine.captured) == (1, TEXTS)
 
     asyncio.run(run())
 
@@ -307,7 +319,7 @@ def test_a_stopped_process_leaves_its_job_queued(tmp_path: Path) -> None:
         jobs = jobs_of(tmp_path, engine)
         async with started(jobs):
             job = await jobs.submit(spec("stopped"))
-            await until(lambda: engine.captures == TEXTS)
+            await until(lambda: engine.captured == TEXTS)
         record = json.loads((jobs.folder / f"{job.id}.json").read_text())
         assert (record["job"]["status"], len(record["spec"]["pairs"])) == ("queued", TEXTS // 2)
 
@@ -321,7 +333,7 @@ def test_a_dead_engine_leaves_its_job_to_another_process(tmp_path: Path) -> None
         owner, other = jobs_of(tmp_path, dying), jobs_of(tmp_path, FakeEngine())
         async with started(owner, other):
             job = await owner.submit(spec("moved"))
-            await until(lambda: dying.captures == TEXTS)
+            await until(lambda: dying.captured == TEXTS)
             dying.alive = False
             dying.go.set()
             assert await over(other, job.id) == "succeeded"
@@ -362,7 +374,7 @@ def test_jobs_are_run_on_the_model_that_they_were_accepted_for(tmp_path: Path) -
             assert here.get(foreign.id).status == "queued"
             async with started(there):
                 assert await over(here, foreign.id) == "succeeded"
-        assert [engine.captures for engine in engines] == [TEXTS, TEXTS]
+        assert [engine.captured for engine in engines] == [TEXTS, TEXTS]
         digest = here.store.resolve("there").manifest.model.weights_digest
         assert digest == "sha256:" + "c" * 64
 
@@ -373,7 +385,7 @@ def test_a_failed_job_says_why_in_every_process(tmp_path: Path) -> None:
     async def run() -> None:
         owner, other = jobs_of(tmp_path, FakeEngine()), jobs_of(tmp_path, FakeEngine())
         async with started(owner, other):
-            same = FitSpec(method="caa", name="zero", pairs=[Pair(positive="same", negative="same")] * 2)
+            same = CaaSpec(name="zero", pairs=[Pair(positive="same", negative="same")] * 2)
             job = await other.submit(same)
             assert await over(other, job.id) == "failed"
             assert "don't differ" in str(other.get(job.id).error)

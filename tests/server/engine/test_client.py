@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from server.engine.bank_directory import BankFull
+from server.engine.capture import CaptureSpec
 from server.engine.client import ATTEMPTS, Counts, Engine, Unavailable, merged
 from server.engine.edits import Edit, Program
 from server.engine.seams import PROGRAM
 from server.engine.seams.core import MISSING
+from server.engine.spans import Span
 
 LOADERS: dict[str, Any] = {"key": "the loader"}
 STEERED = Program((Edit("add", "key", (0,)),))
@@ -127,3 +129,33 @@ def test_receipts_of_workers_are_merged_and_those_of_engines_added() -> None:
 
 def test_receipt_that_nobody_ran_is_none() -> None:
     assert merged([[None], [None, None]]) is None
+
+
+def test_workers_that_never_answer_keep_no_cancelled_capture(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine that shuts down answers nobody: the process would never end."""
+    monkeypatch.setattr("server.engine.client.DROP_SECONDS", 0.05)
+
+    class Silent(Client):
+        async def generate(self, *args: Any, **fields: Any) -> AsyncIterator[Any]:
+            await asyncio.sleep(60)
+            yield
+
+    engine = Engine(Silent(), 1, 0, 0, 0)  # type: ignore[arg-type]
+
+    async def ask(*args: Any) -> Any:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(engine, "_ask_workers", ask)
+    spec = CaptureSpec((("resid_post", 0),), Span(), "rows")
+
+    async def run() -> None:
+        capture = asyncio.create_task(engine.run_capture([1, 2], spec))
+        await asyncio.sleep(0.05)
+        capture.cancel()
+        await asyncio.wait({capture}, timeout=5)
+        assert capture.cancelled()
+
+    asyncio.run(run())
+    assert "didn't answer" in caplog.text

@@ -1,0 +1,232 @@
+"""How well do INCLINE's maps predict English states of sentences that they were not fitted on?
+
+Captures the last-token state of parallel sentences at every layer on a running server, fits methods/incline.py on lines
+1 to N and takes the squared error on lines 501 to 1000, relative to predicting the mean English state: 1 is knowing
+nothing of the sentence, `identity` is doing nothing. Writes results/incline_alignment.json and a section of
+docs/results.md; exits with 1 unless ridge on 500 sentences is below identity and below 1 at every layer and language.
+
+DATA is a folder with NTREX-128 (CC-BY-SA-4.0, github.com/MicrosoftTranslator/NTREX): newstest2019-src.eng.txt and
+newstest2019-ref.LANGUAGE.txt.
+
+    POLYHELM_ACCEPT_GEMMA_TERMS=1 .venv/bin/polyhelm serve --model gemma3-270m      # in another terminal
+    .venv/bin/python benchmarks/incline_alignment.py DATA --states FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from environment import describe, environment
+from results_page import publish
+from safetensors.numpy import load
+
+from methods import incline
+
+LANGUAGES = ("deu", "fra", "rus", "arb", "zho-CN", "swa", "tam", "tur")
+SIZES = (100, 200, 300, 400, 500)
+FITTED, SENTENCES, BATCH = 500, 1000, 100
+RANKS = (16, 64, 256)
+SHOWN_LAYERS = (5, 10, 14, 17)
+
+
+def capture(client: httpx.Client, sentences: list[str], layers: int) -> np.ndarray:
+    """[sentences, layers, hidden], at the last token."""
+    found = []
+    for start in range(0, len(sentences), BATCH):
+        body = {"prompts": sentences[start : start + BATCH], "sites": {"points": ["resid_post"], "layers": None}}
+        response = client.post("/v1/activations", json=body)
+        if response.is_error:
+            raise RuntimeError(f"{response.status_code}: {response.text}")
+        tensors = load(response.content)
+        for index in range(len(body["prompts"])):
+            found.append(np.stack([tensors[f"{index}.resid_post.{layer}"][0] for layer in range(layers)]))
+    return np.stack(found)
+
+
+def states(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any], float | None]:
+    """By language, `eng` among them; what the server says of its model; and the seconds that capturing 1,000 sentences
+    took, where any had to be.
+    """
+    with httpx.Client(base_url=options.url, timeout=600) as client:
+        capabilities = client.get("/v1/capabilities").raise_for_status().json()
+        found, seconds = {}, []
+        for language in ("eng", *options.languages):
+            kept = options.states / f"{capabilities['model']['weights_digest'].partition(':')[2][:16]}.{language}.npy"
+            if kept.exists():
+                found[language] = np.load(kept, allow_pickle=False)
+                continue
+            started = time.monotonic()
+            side = "src" if language == "eng" else "ref"
+            lines = (options.data / f"newstest2019-{side}.{language}.txt").read_text("utf-8").splitlines()
+            found[language] = capture(client, lines[:SENTENCES], capabilities["layers"])
+            seconds.append(time.monotonic() - started)
+            np.save(kept, found[language])
+            print(f"{language}: captured in {seconds[-1]:.0f} s", flush=True)
+    keys = ("id", "architecture", "weights_digest", "dtype")
+    return found, {key: capabilities["model"][key] for key in keys}, float(np.mean(seconds)) if seconds else None
+
+
+def relative(predicted: np.ndarray, target: np.ndarray, mean: np.ndarray) -> float:
+    return float(((predicted - target) ** 2).sum() / ((target - mean) ** 2).sum())
+
+
+def by_ridge(h: np.ndarray, t: np.ndarray, held_out: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """The error of every ridge that the fit chooses from."""
+    u, s, v = np.linalg.svd(h, full_matrices=False)
+    unit, c, at = (h**2).sum(1).mean(), u.T @ t, held_out @ v.T
+    return {
+        f"{ridge:g}": relative((at * (s / (s**2 + ridge * unit))) @ c, target, t.mean(0)) for ridge in incline.RIDGES
+    }
+
+
+def layer_results(source: np.ndarray, english: np.ndarray, in_full: bool) -> dict[str, Any]:
+    """The errors of one layer and language, from states [sentences, hidden]; all of them, or with FITTED sentences."""
+    held_out, target = source[FITTED:].astype(np.float64), english[FITTED:].astype(np.float64)
+
+    def error(size: int, **options: Any) -> tuple[float, incline.Map]:
+        config = incline.Config("x", **options)
+        fitted = incline.fit_layer(source[:size], english[:size], config)
+        return relative(held_out @ fitted.dense.T, target, english[:size].mean(0)), fitted
+
+    ridge, chosen, min_norm = {}, {}, {}
+    for size in SIZES if in_full else (FITTED,):
+        ridge[str(size)], fitted = error(size)
+        chosen[str(size)] = {"ridge": fitted.ridge, "leave_one_out": fitted.error}
+        min_norm[str(size)] = error(size, solver="min_norm")[0]
+    h, t = source[:FITTED].astype(np.float64), english[:FITTED].astype(np.float64)
+    best = chosen[str(FITTED)]["ridge"]
+    found = {
+        "identity": relative(held_out, target, t.mean(0)),
+        "ridge": ridge,
+        "chosen": chosen,
+        "min_norm": min_norm,
+    }
+    if in_full:
+        found["by_ridge"] = by_ridge(h, t, held_out, target)
+        found["by_rank"] = {str(rank): error(FITTED, ridge=best, rank=rank)[0] for rank in RANKS}
+    return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    found, model, capture_seconds = states(options)
+    rows, fit_seconds = {}, 0.0
+    for language in options.languages:
+        layers = range(found["eng"].shape[1])
+        rows[language] = [
+            layer_results(found[language][:, layer], found["eng"][:, layer], layer in SHOWN_LAYERS) for layer in layers
+        ]
+        started = time.monotonic()
+        incline.fit(found[language][:FITTED], found["eng"][:FITTED], incline.Config("x"))
+        fit_seconds += time.monotonic() - started
+        print(f"{language}: {[round(row['ridge'][str(FITTED)], 2) for row in rows[language]]}", flush=True)
+    return {
+        "model": model,
+        "capture_seconds_per_1000_sentences": capture_seconds,
+        "fit_seconds_per_language": fit_seconds / len(options.languages),
+        "languages": rows,
+        "environment": environment(),
+    }
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """Where the claim doesn't hold."""
+    return [
+        f"{language} layer {layer}: {row['ridge'][str(FITTED)]:.2f}"
+        for language, rows in results["languages"].items()
+        for layer, row in enumerate(rows)
+        if row["ridge"][str(FITTED)] >= min(1.0, row["identity"])
+    ]
+
+
+def section(results: dict[str, Any]) -> str:
+    last = str(FITTED)
+    languages: dict[str, list[dict[str, Any]]] = results["languages"]
+
+    def shown(values: list[float]) -> str:
+        return " ".join(f"{value:.2f}" for value in values)
+
+    def cells(rows: list[dict[str, Any]], read: Any) -> str:
+        return shown([read(rows[layer]) for layer in SHOWN_LAYERS])
+
+    table = [
+        f"| {language} | {cells(rows, lambda row: row['identity'])} | {cells(rows, lambda row: row['min_norm'][last])} "
+        f"| **{cells(rows, lambda row: row['ridge'][last])}** "
+        f"| {max(row['ridge'][last] for row in rows):.2f} |"
+        for language, rows in languages.items()
+    ]
+    everything = [row for rows in languages.values() for row in rows]
+    in_full = [rows[layer] for rows in languages.values() for layer in SHOWN_LAYERS]
+
+    def average(read: Any) -> str:
+        return f"{np.mean([read(row) for row in in_full]):.2f}"
+
+    by_size = [
+        f"| {size} | {average(lambda row, n=str(size): row['min_norm'][n])} "
+        f"| {average(lambda row, n=str(size): row['ridge'][n])} |"
+        for size in SIZES
+    ]
+    ridges = " ".join(f"| {average(lambda row, r=f'{ridge:g}': row['by_ridge'][r])}" for ridge in incline.RIDGES)
+    ranks = ", ".join(f"{average(lambda row, r=str(rank): row['by_rank'][r])} at rank {rank}" for rank in RANKS)
+    failed = failures(results)
+    verdict = (
+        "below identity and below the mean at every layer and language"
+        if not failed
+        else f"NOT below identity and the mean everywhere: {'; '.join(failed)}"
+    )
+    capturing = results["capture_seconds_per_1000_sentences"]
+    captured = "" if capturing is None else f"Capturing 1,000 sentences at all layers took {capturing:.0f} s. "
+    estimates = [abs(row["chosen"][last]["leave_one_out"] / row["ridge"][last] - 1) for row in everything]
+    return f"""## INCLINE: maps on held-out sentences
+
+`benchmarks/incline_alignment.py`: {results["model"]["id"]}, NTREX-128, state of the last token, fitted on lines 1 to N,
+squared error on lines 501 to 1000 relative to predicting the mean English state. Ridge on 500 sentences is {verdict}.
+
+Layers {", ".join(map(str, SHOWN_LAYERS))} (counted from 0) with N = 500; the last column is the worst of all layers.
+
+| language | identity | minimum norm, the paper's | ridge | worst layer, ridge |
+|---|---|---|---|---|
+{chr(10).join(table)}
+
+More sentences make the paper's estimator worse and ridge better (means over the languages and the layers above):
+
+| N | minimum norm | ridge |
+|---:|---:|---:|
+{chr(10).join(by_size)}
+
+By λ, in units of the mean squared length of a state, with N = 500, for the same layers:
+
+| {" | ".join(f"{ridge:g}" for ridge in incline.RIDGES)} | chosen by leave-one-out |
+|{"---:|" * (len(incline.RIDGES) + 1)}
+{ridges} | {average(lambda row: row["ridge"][last])} |
+
+The leave-one-out error that a fit reports is within {np.quantile(estimates, 0.9):.0%} of the error on lines 501 to 1000
+for nine layers in ten. Stored as factors the error is {ranks}, and {average(lambda row: row["ridge"][last])} as it is.
+
+{captured}Fitting a language at all layers took {results["fit_seconds_per_language"]:.0f} s. Other programs ran on the
+same machine.
+
+Measured {describe(results["environment"])}.
+"""
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    arguments.add_argument("data", type=Path, help="the folder with NTREX-128")
+    arguments.add_argument("--url", default="http://127.0.0.1:8000", help="a running server")
+    arguments.add_argument("--states", type=Path, required=True, help="a folder to keep captured states in, and reuse")
+    arguments.add_argument("--languages", nargs="+", default=list(LANGUAGES))
+    results = measure(arguments.parse_args())
+    publish("incline_alignment", results, section(results))
+    failed = failures(results)
+    print("\n".join(failed) or "below identity and the mean at every layer and language")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

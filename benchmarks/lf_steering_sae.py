@@ -1,0 +1,152 @@
+"""Does the SAE trainer make a usable SAE of a served model on a CPU, in minutes?
+
+Captures every token of a text at one layer with the engine, in windows of 256 tokens; trains on the first four fifths
+of the articles; and measures FVU and L0 on the last fifth, as trained and with the calibrated threshold that serving
+uses. Attention sinks are left out: the first token of each window, and tokens ten times as long as the median one. They
+would be most of the variance and flatter the FVU; `with_sinks` has the held-out numbers with the latter.
+
+Writes results/lf_steering_sae.json and, in the work folder, the rows, the checkpoint and the SAE; an interrupted run
+goes on from there. Exits with 1 unless the FVU is below 0.25 at an L0 of at most 64 on the held-out text, in both
+forms.
+
+    POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/lf_steering_sae.py --model polyhelm-data/models/smollm2 --work
+    WORK
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import environment
+from safetensors.numpy import save_file
+
+from methods.sae import Quality, Sae, calibrated, ordinary, quality
+from methods.sae_training import Config, Training, train
+
+os.environ["POLYHELM_ENGINE"] = "1"  # before vllm is imported
+
+RESULTS = Path(__file__).parent / "results" / "lf_steering_sae.json"
+WINDOW, BATCH = 256, 64
+FVU, L0 = 0.25, 64
+
+
+def articles(text: str) -> list[str]:
+    """Of WikiText: an article begins with a line ` = Title = `."""
+    return [part for part in re.split(r"(?m)^(?= = [^=].*[^=] = $)", text) if part.strip()]
+
+
+def capture(model: str, parts: list[list[str]], layer: int) -> list[np.ndarray]:
+    """Of each part, a list of texts, the rows [tokens, hidden], float32."""
+    from vllm import LLM
+
+    from server.engine.offline import activations
+
+    llm = LLM(model, enforce_eager=True, max_model_len=WINDOW + 1, max_num_seqs=BATCH, disable_log_stats=True)
+    tokenizer, site = llm.get_tokenizer(), f"resid_post.{layer}"
+    captured = []
+    for texts in parts:
+        encoded = [tokenizer(text)["input_ids"] for text in texts]
+        windows = [ids[start : start + WINDOW] for ids in encoded for start in range(0, len(ids) - 1, WINDOW)]
+        rows = []
+        for start in range(0, len(windows), BATCH):
+            found = activations(llm, windows[start : start + BATCH], [site], "all", memory_bytes=1 << 30)
+            rows += [each[site][1:] for each in found]
+            print(f"captured {min(start + BATCH, len(windows))} of {len(windows)} windows", flush=True)
+        captured.append(np.concatenate(rows))
+    return captured
+
+
+def captured(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Training and held-out rows, from the work folder where they are there."""
+    meta, files = arguments.work / "rows.json", [arguments.work / f"{part}.npy" for part in ("train", "held_out")]
+    if not meta.exists():
+        texts = articles(arguments.text.read_text("utf-8"))
+        cut = len(texts) * 4 // 5
+        parts = capture(arguments.model, [texts[:cut], texts[cut:]], arguments.layer)
+        for file, rows in zip(files, parts, strict=True):
+            np.save(file, rows, allow_pickle=False)
+        meta.write_text(json.dumps({"articles": [cut, len(texts) - cut]}), "utf-8")
+    return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r"), json.loads(meta.read_text("utf-8"))
+
+
+def measure(sae: Sae, rows: np.ndarray) -> dict[str, float]:
+    found: Quality = quality(sae, rows)
+    return asdict(found)
+
+
+def main() -> int:
+    arguments = parsed()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    everything, tests, source = captured(arguments)
+    rows, held_out = everything[ordinary(everything)], tests[ordinary(tests)]
+    config = Config(
+        features=arguments.features,
+        k=arguments.k,
+        architecture=arguments.architecture,
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+    )
+    started = time.monotonic()
+    training: Training = train(
+        rows, config, checkpoint=arguments.work / "checkpoint.safetensors", checkpoint_every=200, progress=report
+    )
+    seconds = time.monotonic() - started
+    served = calibrated(training.sae, rows[:: max(1, len(rows) // 20_000)])
+    found = {
+        "trained": {"train": measure(training.sae, rows[::8]), "held_out": measure(training.sae, held_out)},
+        "served": {"train": measure(served, rows[::8]), "held_out": measure(served, held_out)},
+    }
+    good = all(each["held_out"]["fvu"] < FVU and each["held_out"]["l0"] <= L0 for each in found.values())
+    tensors = {name: getattr(served, name) for name in ("encoder", "encoder_bias", "decoder", "decoder_bias")}
+    save_file(tensors | {"threshold": served.threshold}, arguments.work / "sae.safetensors")
+    results = {
+        "environment": environment(),
+        "model": Path(arguments.model).name,
+        "site": f"resid_post.{arguments.layer}",
+        "text": {"name": arguments.text.parent.name, **source, "train": len(rows), "held_out": len(held_out)},
+        "sinks_left_out": {"train": len(everything) - len(rows), "held_out": len(tests) - len(held_out)},
+        "config": asdict(config),
+        "claim": {"fvu_below": FVU, "l0_at_most": L0, "holds": good},
+        "quality": found,
+        "with_sinks": {"trained": measure(training.sae, tests), "served": measure(served, tests)},
+        "train_seconds_of_this_run": seconds,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "curve": [point._asdict() for point in training.curve],
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    print(json.dumps(found, indent=1), f"{seconds:.0f} s")
+    return 0 if good else 1
+
+
+def report(done: int, total: int) -> None:
+    if done % 100 == 0:
+        print(f"step {done} of {total}", flush=True)
+
+
+def parsed() -> argparse.Namespace:
+    data = Path(os.environ.get("POLYHELM_BENCH_DATA", "data"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--work", type=Path, required=True, help="folder for rows, checkpoint and SAE")
+    parser.add_argument("--text", type=Path, default=data / "corpora" / "wikitext2" / "test.txt")
+    parser.add_argument("--layer", type=int, default=15)
+    parser.add_argument("--features", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=56)
+    parser.add_argument("--architecture", choices=["topk", "jumprelu"], default="topk")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""What every method that fits has to say: its data, what to capture of it, and the artifact that it makes of that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, field_validator
+
+from server.engine.edits import Point
+from steering_store.manifest import Activation, Kind, Language, Role
+
+Array = npt.NDArray[np.float32]
+Tensor = npt.NDArray[Any]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
+Layer = Annotated[int, Field(ge=0)]
+Keep = Literal["last", "mean", "rows"]
+Progress = Callable[[int, int], None]
+"""Takes (done, total)."""
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class FitError(ValueError):
+    """Data or options that nothing can be fitted from; `field` is the one to correct."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Data(Part):
+    """Where the data comes from, for the artifact's provenance."""
+
+    name: Annotated[str, StringConstraints(min_length=1)] = "uploaded data"
+    license: str | None = None
+
+
+class Options(Part):
+    """What all methods' options have. `default_layers` and `default_strength` are the artifact's."""
+
+    default_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
+    default_strength: FiniteFloat = 1.0
+
+    @field_validator("default_layers")
+    @classmethod
+    def _each_once(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is not None and len(set(layers)) < len(layers):
+            raise ValueError("a layer is named twice")
+        return layers
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Of the served model: layers, attention heads, and the width of an activation at each point that is installed."""
+
+    layers: int
+    heads: int
+    widths: Mapping[Point, int]
+
+
+class DataText(NamedTuple):
+    """One text to run through the model, and the field of the request that it is of."""
+
+    field: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to capture of every text, at all layers of the points: the activation at its `last` token, the `mean` over
+    its tokens but the first (an attention sink whose norm is far from all others), or the `rows` of all its tokens.
+    """
+
+    points: tuple[Point, ...]
+    keep: Keep
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What was captured, by point; texts are in the order of `MethodSpec.texts`.
+
+    `pooled`: float32 [texts, layers, width], for `last` and `mean`. `rows`: one array [layers, tokens, width] a text.
+    `norms`: the activations' mean L2 norm [layers].
+    """
+
+    pooled: Mapping[Point, Array]
+    rows: Mapping[Point, Sequence[Array]]
+    norms: Mapping[Point, Array]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The artifact in the making: its tensors by layer and role (None for a vector or for indices), all at one point.
+
+    `config` is everything that decided the fit, as JSON can hold it; `parents` are digests of artifacts read for it.
+    """
+
+    kind: Kind
+    point: Point
+    tensors: Mapping[tuple[int, Role | None], Tensor]
+    default_strength: float
+    default_layers: Sequence[int]
+    config: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    strength_range: tuple[float, float] | None = None
+    activation: Activation | None = None
+    languages: Sequence[str] = ()
+    seed: int | None = None
+    parents: Sequence[str] = ()
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+class MethodSpec(Part, ABC):
+    """What to fit, from what, and the name to publish it under. The base of every method's own request."""
+
+    data_field: ClassVar[str] = "pairs"
+    """The field that holds the data."""
+
+    method: str
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    options: Options
+    data: Data = Data()
+    description: str = ""
+    license: str | None = None
+    languages: list[Language] = []
+
+    @property
+    def items(self) -> Sequence[BaseModel]:
+        """The data: what its field holds."""
+        items: Sequence[BaseModel] = getattr(self, self.data_field)
+        return items
+
+    def data_digest(self) -> str:
+        """SHA-256 (hex) of the data in canonical form: the values of each item, in the order of its fields."""
+        rows = [list(item.model_dump().values()) for item in self.items]
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+
+    @abstractmethod
+    def texts(self) -> list[DataText]:
+        """All texts to run, in an order that `fit` knows."""
+
+    @abstractmethod
+    def wanted(self) -> Wanted:
+        """What to capture of each of them."""
+
+    @abstractmethod
+    def fit(self, activations: Activations, model: ModelShape, progress: Progress) -> Fitted:
+        """Fit. FitError, or a ValueError of the method's own, where that can't be done.
+
+        Runs in a thread, away from the event loop. `progress` is for fits that take minutes.
+        """
