@@ -223,11 +223,12 @@ def _wrap(place: Place, op: Op, works: list[list[CaptureSlice] | None] | None, s
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
     """The activation as [tokens, width]; models that run on transformers' own code have a batch of one around it."""
-    if x.dim() == 3 and x.shape[0] == 1:
+    dimensions = x.dim()
+    if dimensions == 2:
+        return x
+    if dimensions == 3 and x.shape[0] == 1:
         return x[0]
-    if x.dim() != 2:
-        raise UnsupportedModel(f"an activation is {x.dim()}-dimensional; need [tokens, width]")
-    return x
+    raise UnsupportedModel(f"an activation is {dimensions}-dimensional; need [tokens, width]")
 
 
 def split_stream(output: Any) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -188,9 +188,22 @@ def _edit(
         map_edit = rows[row, site_at + 2] if slot >= 0 else -1
         own = _at(residual, token * residual_stride, width, sample)
         other = _at(hidden, token * hidden_stride, width if hidden else 0, sample)
-        _load(own, other, x, before)
         acted = 0
         opened = 0
+        few = _few(active, rows[row], pointers[row, site])
+        if few >= 0:
+            starts = pointers[row, site, few]
+            acted = active
+            _scale_few(
+                own,
+                other,
+                floats[row, few * EDIT_FIELDS + 5],
+                bank[starts[0] : starts[0] + width],
+                bank[starts[1] : starts[1] + starts[4]],
+            )
+            active = 0
+        else:
+            _load(own, other, x, before)
         for index in range(max_edits):
             if not active >> index & 1:
                 continue
@@ -253,10 +266,34 @@ def _edit(
                     else:
                         added[k] = c
                 _add(x, strength, added)
-        _store(own, other, x, before)
+        if active:
+            _store(own, other, x, before)
         if tokens[token, 2]:
             for index in range(max_edits):
                 counters[row, site, index] += acted >> index & 1
+
+
+@njit
+def _few(active, edits, pointers):
+    """The edit, if it is the only one and scales a few numbers on no condition: then no others are read. Or -1."""
+    if active & (active - 1):
+        return -1
+    index = 0
+    while not active >> index & 1:
+        index += 1
+    at = index * EDIT_FIELDS
+    return index if edits[at] == SCALE and edits[at + 1] < 0 and pointers[index, 4] > 0 else -1
+
+
+@njit
+def _scale_few(residual, hidden, strength, mask, indices):
+    for each in indices:
+        i = int(each)
+        stored = _wide(residual[i])
+        before = stored + _wide(hidden[i]) if len(hidden) else stored
+        x = before * (np.float32(1) + strength * mask[i])
+        if x != before:
+            residual[i] = _narrow(stored + (x - before) if len(hidden) else x, residual[i])
 
 
 @intrinsic
