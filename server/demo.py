@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from fastapi.concurrency import run_in_threadpool
 
 from server.fit_methods.base import Data, Progress
-from server.fit_methods.caa import CaaOptions, CaaSpec, Pair
+from server.fit_methods.caa import CaaOptions, CaaSpec
+from server.fit_methods.pairs import Pair
 from server.fits import run_fit
 from server.models import ModelIdentity
 from steering_store import Store

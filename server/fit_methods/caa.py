@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from methods import caa
-from server.fit_methods.base import (
-    Activations,
-    DataText,
-    FitError,
-    Fitted,
-    MethodSpec,
-    ModelShape,
-    Options,
-    Part,
-    Progress,
-    Text,
-    Wanted,
-)
+from server.fit_methods.base import Activations, FitError, Fitted, ModelShape, Progress
+from server.fit_methods.pairs import PairOptions, PairsSpec
 
 
-class Pair(Part):
-    """Two texts that differ in the property to steer: more of it, less of it."""
-
-    positive: Text
-    negative: Text
-
-
-class CaaOptions(Options):
+class CaaOptions(PairOptions):
     variant: caa.Variant = "mean_difference"
-    pooling: caa.Pooling = "last"
 
 
-class CaaSpec(MethodSpec):
+class CaaSpec(PairsSpec):
     method: Literal["caa"] = "caa"
-    pairs: Annotated[list[Pair], Field(min_length=2)]
     options: CaaOptions = CaaOptions()
-
-    def texts(self) -> list[DataText]:
-        """The positive and the negative text of every pair in turn."""
-        return [
-            DataText(f"pairs.{index}.{side}", getattr(pair, side))
-            for index, pair in enumerate(self.pairs)
-            for side in ("positive", "negative")
-        ]
-
-    def wanted(self) -> Wanted:
-        return Wanted(("resid_post",), self.options.pooling)
 
     def fit(self, activations: Activations, model: ModelShape, progress: Progress) -> Fitted:
         options = self.options

@@ -8,45 +8,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from methods import caa, extractors
-from server.fit_methods.base import (
-    Activations,
-    DataText,
-    FitError,
-    Fitted,
-    Layer,
-    MethodSpec,
-    ModelShape,
-    Options,
-    Progress,
-    Wanted,
-)
-from server.fit_methods.caa import Pair
+from server.fit_methods.base import Activations, FitError, Fitted, Layer, ModelShape, Progress
+from server.fit_methods.pairs import Pair, PairOptions, PairsSpec
 
 
-class DirectionOptions(Options):
+class DirectionOptions(PairOptions):
     """`everywhere`: the vector of this layer at all layers, for directional ablation."""
 
     extractor: extractors.Extractor = "mean_difference"
-    pooling: caa.Pooling = "last"
     penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
     everywhere: Layer | None = None
 
 
-class DirectionSpec(MethodSpec):
+class DirectionSpec(PairsSpec):
     method: Literal["direction"] = "direction"
     pairs: Annotated[list[Pair], Field(min_length=5)]
     options: DirectionOptions = DirectionOptions()
-
-    def texts(self) -> list[DataText]:
-        """The positive and the negative text of every pair in turn."""
-        return [
-            DataText(f"pairs.{index}.{side}", getattr(pair, side))
-            for index, pair in enumerate(self.pairs)
-            for side in ("positive", "negative")
-        ]
-
-    def wanted(self) -> Wanted:
-        return Wanted(("resid_post",), self.options.pooling)
 
     def fit(self, activations: Activations, model: ModelShape, progress: Progress) -> Fitted:
         options = self.options

@@ -22,7 +22,8 @@ from server.api.errors import ApiError
 from server.engine.capture import CaptureSpec
 from server.engine.edits import POINTS
 from server.fit_jobs import FitJobs
-from server.fit_methods.caa import CaaSpec, Pair
+from server.fit_methods.caa import CaaSpec
+from server.fit_methods.pairs import Pair
 from server.fit_records import FitFolder
 from server.models import ModelIdentity
 from steering_store import Store

@@ -36,6 +36,7 @@ class MapPlan:
         self._matrix = np.zeros((rows, max_edits), np.int64)
         """By row and edit: what tells one operand from another."""
         self.is_empty = True
+        """No token of the step is computed ahead anywhere."""
 
     def set_row(self, row: int, edits: Int32, residents: Sequence[Resident | None]) -> None:
         """`edits` has the edit to compute at each site, or -1 [sites]."""
