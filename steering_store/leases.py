@@ -48,15 +48,6 @@ class Leases:
             )
         return lease
 
-    def renew(self, holder: str, seconds: float) -> list[str]:
-        """Prolong all leases of a holder that haven't expired, and return their digests."""
-        now = time.time()
-        query = """
-            UPDATE leases SET expires_at = max(expires_at, ?) WHERE holder = ? AND expires_at > ? RETURNING digest
-        """
-        with self._alone() as db, transaction(db):
-            return sorted(row["digest"] for row in db.execute(query, (now + seconds, holder, now)).fetchall())
-
     def release(self, holder: str, digest: str | None) -> None:
         """End one lease of a holder, or all."""
         with self._alone() as db:

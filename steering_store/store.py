@@ -190,13 +190,6 @@ class Store:
         with self._artifact(name) as db, transaction(db):
             aliases.remove(db, name, alias, expected=expected, by=by, reason=reason)
 
-    def alias_history(self, name: str, alias: str | None = None) -> list[AuditEntry]:
-        """Every move of an artifact's aliases, or of one of them, oldest first.
-
-        Raises InvalidName or ArtifactNotFound.
-        """
-        return [entry for entry in self.history(name, alias) if entry.alias is not None]
-
     def history(self, name: str, alias: str | None = None) -> list[AuditEntry]:
         """The audit trail of an artifact: moves of aliases, yanks and deletions, oldest first.
 
@@ -238,13 +231,6 @@ class Store:
         `holder` names a process or a request, and is told to whoever tries to delete. Raises ArtifactNotFound.
         """
         return self._leases.take(digest, holder, seconds)
-
-    def renew_leases(self, holder: str, seconds: float) -> list[str]:
-        """Prolong every lease of a holder that hasn't run out, to `seconds` from now, and return their digests.
-
-        A digest that is missing has run out and may be gone: lease it again.
-        """
-        return self._leases.renew(holder, seconds)
 
     def release(self, holder: str, digest: str | None = None) -> None:
         """End a holder's lease on a digest, or all its leases; one that has run out is no error."""

@@ -57,7 +57,7 @@ def test_etag_never_comes_back(mood: Store) -> None:
 def test_moving_to_where_it_points_changes_nothing(mood: Store) -> None:
     first = mood.set_alias("mood", "production", 1, by="ana")
     assert mood.set_alias("mood", "production", 1, expected=first.etag, by="ben") == first
-    assert len(mood.alias_history("mood")) == 1
+    assert len(mood.history("mood")) == 1
     with pytest.raises(PreconditionFailed):
         mood.set_alias("mood", "production", 1, expected=ABSENT)
 
@@ -68,14 +68,14 @@ def test_history_tells_who_moved_what_when_and_why(mood: Store) -> None:
     mood.set_alias("mood", "canary", 3)
     mood.set_alias("mood", "production", 2, by="ben", reason="better")
     mood.delete_alias("mood", "production", by="ana", reason="over")
-    told = [(e.action, e.alias, e.from_version, e.to_version, e.by, e.reason) for e in mood.alias_history("mood")]
+    told = [(e.action, e.alias, e.from_version, e.to_version, e.by, e.reason) for e in mood.history("mood")]
     assert told == [
         ("set_alias", "production", None, 1, "ana", "first"),
         ("set_alias", "canary", None, 3, None, None),
         ("set_alias", "production", 1, 2, "ben", "better"),
         ("delete_alias", "production", 2, None, "ana", "over"),
     ]
-    times = [entry.at for entry in mood.alias_history("mood", "production")]
+    times = [entry.at for entry in mood.history("mood", "production")]
     assert len(times) == 3
     assert before <= times[0] <= times[1] <= times[2] <= datetime.now(UTC)
 
@@ -109,7 +109,7 @@ def test_alias_with_a_bad_name_is_refused(mood: Store, alias: str) -> None:
 
 
 def test_aliases_of_nothing_are_not_found(mood: Store) -> None:
-    for call in (mood.aliases, mood.alias_history, mood.history):
+    for call in (mood.aliases, mood.history):
         with pytest.raises(ArtifactNotFound):
             call("moo")
     with pytest.raises(ArtifactNotFound):

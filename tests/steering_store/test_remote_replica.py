@@ -123,7 +123,7 @@ def test_concurrent_machines_agree(tmp_path: Path, s3: str, manifest: dict[str, 
         assert sorted(numbers) == list(range(1, 13))
         for store in machines:
             store.refresh()
-        histories = [store.alias_history("mood") for store in machines]
+        histories = [store.history("mood") for store in machines]
         assert all(history == histories[0] for history in histories)
         moves = [(entry.from_version, entry.to_version) for entry in histories[0]]
         assert [to for _, to in moves] == [before for before, _ in moves[1:]] + [moves[-1][1]]

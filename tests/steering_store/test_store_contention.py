@@ -76,7 +76,7 @@ def test_versions_are_dense_and_the_alias_is_linearizable(tmp_path: Path, manife
     fills = {event["version"]: event["fill"] for event in published}
     assert {v.version: float(store.load_tensors(v)["layer.2"][0]) for v in versions} == fills
 
-    history = store.alias_history(NAME, ALIAS)
+    history = store.history(NAME, ALIAS)
     etags = [f"{entry.to_version}-{entry.id}" for entry in history]
     position = {etag: number for number, etag in enumerate(etags)} | {"absent": -1}
     target = {entry.to_version: number for number, entry in enumerate(history)} | {None: -1}
