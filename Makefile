@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 # More arguments of `polyhelm serve` and of pytest.
 ARGS ?=
 PYTEST_ARGS ?=
+# How many processes run the tests. Each engine then keeps to one thread, so that they don't take each other's core.
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -92,7 +94,8 @@ serve: setup
 	@exec .venv/bin/polyhelm serve --model smollm2 --demo --host "$(HOST)" --port "$(PORT)" --data-dir "$(DATA_DIR)" $(ARGS)
 
 test: setup $(STAMP_TEST)
-	@exec .venv/bin/python -m pytest $(PYTEST_ARGS)
+	@exec env OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup $(STAMP_TEST)
 	.venv/bin/ruff check

@@ -47,7 +47,9 @@ def test_vectors_by_layer_can_be_imported_after_conversion(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "content", [RunsCode(), {"a": RunsCode()}, [torch.ones(2)], {"a": [torch.ones(2)]}, "text"], ids=str
+    "content",
+    [RunsCode(), {"a": RunsCode()}, [torch.ones(2)], {"a": [torch.ones(2)]}, "text"],
+    ids=["code", "code in a dict", "list", "list in a dict", "text"],
 )
 def test_anything_but_named_tensors_is_refused(
     content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
