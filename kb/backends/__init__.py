@@ -1,0 +1,1 @@
+"""Where facts can be kept: one module per place, behind the protocols of `base`."""
