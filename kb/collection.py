@@ -10,8 +10,8 @@ import numpy as np
 
 from kb.backends.base import CollectionInfo, FactStore, Stats
 from kb.encoders.base import EncoderIdentity
-from kb.errors import DuplicateId, FactNotFound, InvalidFilter, InvalidVector, KbError
-from kb.facts import Fact, FactDraft, Hit, key_hash
+from kb.errors import DuplicateId, FactNotFound, InvalidFilter, InvalidVector, KbBusy, KbError
+from kb.facts import Fact, FactDraft, Hit, aware, key_hash
 from kb.filters import Filter
 from kb.upserts import Outcome, Planner, tombstones
 
@@ -151,7 +151,16 @@ class Collection:
             )
         if not len(queries):
             return []
-        return self._store.nearest(self._units(queries), k, where, at or datetime.now(UTC))
+        return self._store.nearest(self._units(queries), k, where, aware(at) if at else datetime.now(UTC))
+
+    def vectors(self, facts: Sequence[Fact]) -> np.ndarray:
+        """The facts' vectors, float32 [facts, dimension]. Raises KbBusy for one that was deleted a moment ago."""
+        hashes = [key_hash(fact.key) for fact in facts]
+        known = self._store.vectors_by_key(set(hashes))
+        gone = [fact.id for fact, hashed in zip(facts, hashes, strict=True) if hashed not in known]
+        if gone:
+            raise KbBusy(f"fact {gone[0]!r} of collection {self.name!r} was changed meanwhile; try again")
+        return np.stack([known[hashed] for hashed in hashes])
 
     def facts(
         self, where: Filter | None = None, cursor: str | None = None, limit: int = 100, *, deleted: bool = False

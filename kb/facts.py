@@ -31,7 +31,8 @@ def _storable(value: str) -> str:
     return value
 
 
-def _utc(value: datetime) -> datetime:
+def aware(value: datetime) -> datetime:
+    """In UTC, which a time without a zone is taken to be in."""
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
@@ -47,7 +48,7 @@ def _storable_metadata(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
 Text = Annotated[str, Field(min_length=1), AfterValidator(_storable)]
 FactId = Annotated[str, Field(max_length=128, pattern=r"^\w[\w.:@+=,-]*$")]
 Language = Annotated[str, Field(max_length=35, pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]
-Moment = Annotated[datetime, AfterValidator(_utc)]
+Moment = Annotated[datetime, AfterValidator(aware)]
 Metadata = Annotated[dict[str, JsonValue], AfterValidator(_storable_metadata)]
 
 
