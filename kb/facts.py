@@ -55,8 +55,8 @@ Metadata = Annotated[dict[str, JsonValue], AfterValidator(_storable_metadata)]
 class FactDraft(BaseModel):
     """A fact as a client sends it: a text, or a question with its answer, or all three.
 
-    Without an `id`, a fact with the same content is the same fact. The interval of validity is half-open; a time without
-    a zone is UTC. `embedding` is the document vector of the fact's key, made by the collection's encoder.
+    Without an `id`, a fact with the same content is the same fact. The interval of validity is half-open; a time
+    without a zone is UTC. `embedding` is the document vector of the fact's key, made by the collection's encoder.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,7 +1,7 @@
 """An index of vectors in memory: FAISS, and which fact lies at which position.
 
-FAISS's own ids are not used: `add_with_ids` takes an id twice, and HNSW can't remove. Vectors are only ever appended; one
-that is changed or deleted is dead where it lies, and searches leave it out until the index is made anew.
+FAISS's own ids are not used: `add_with_ids` takes an id twice, and HNSW can't remove. Vectors are only ever appended;
+one that is changed or deleted is dead where it lies, and searches leave it out until the index is made anew.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     magic | length of the header | header (JSON) | numbers, seqs: int64 | live: bool | FAISS's own bytes
 
-The header has the collection's uid, the encoder's digest, the number of the last write that is in it, and the SHA-256 of
-the rest. A file that is damaged, or of something else, is never used: the index is made anew from the facts.
+The header has the collection's uid, the encoder's digest, the number of the last write that is in it, and the SHA-256
+of the rest. A file that is damaged, or of something else, is never used: the index is made anew from the facts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pack(index: VectorIndex) -> Packed:
 
 
 def write(path: Path, packed: Packed, made_from: dict[str, Any]) -> int:
-    """Put the index into the file, durably; returns its size in bytes. `made_from` is what `read` must be told again."""
+    """Put the index into the file, durably; its size in bytes. `made_from` is what `read` must be told again."""
     header = {**made_from, **packed.header, "sha256": _sha256(packed.parts)}
     raw = json.dumps(header).encode()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -118,8 +118,8 @@ class Planner:
         rivals = [fact for fact in self._rivals[key].values() if fact.id != id and _at_once(fact, draft)]
         if rivals and self._conflicts == "refuse":
             raise FactConflict(
-                f"{rivals[0].id!r} already says something about {draft.subject!r}, {draft.relation!r}; update that fact by"
-                " its id, delete it, or give both intervals of validity that don't meet",
+                f"{rivals[0].id!r} already says something about {draft.subject!r}, {draft.relation!r}; update that fact"
+                " by its id, delete it, or give both intervals of validity that don't meet",
                 "relation",
             )
         return rivals

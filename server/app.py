@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING
 
 from fastapi import Depends, FastAPI
 
-from server.api import activations, aliases, artifact_files, artifacts, capabilities, errors, fits, health
+from kb import encoders
+from kb.index import IndexOptions
+from kb.knowledge_base import KnowledgeBase
+from server.api import (
+    activations,
+    aliases,
+    artifact_files,
+    artifacts,
+    capabilities,
+    errors,
+    fits,
+    health,
+    kb_collections,
+    kb_facts,
+    kb_import,
+)
 from server.api.admin import admin_scope, admit
 from server.api.doses import Doses
 from server.api.leases import Leases
@@ -19,12 +34,14 @@ from server.api.openai import SteeringHandler
 from server.api.served import ServedModel
 from server.api.steering import Steerer
 from server.demo import ensure_demo
+from server.encoding import BatchedEncoder
 from server.engine import frontend
 from server.engine.spool import Spools
 from server.fit_jobs import FitJobs
 from server.locks import holding
 from server.models import ResolvedModel, model_identity, resolve_model
 from server.progress import Reporter
+from server.replays import Replays
 from server.settings import Settings
 from steering_store import Store, remote_replica
 
@@ -44,6 +61,9 @@ class Polyhelm:
     fits: FitJobs
     captures: Spools
     leases: Leases
+    kb: KnowledgeBase
+    encoder: BatchedEncoder
+    replays: Replays
 
 
 def serve(settings: Settings, engine_args: Sequence[str], report: Reporter) -> None:
@@ -85,6 +105,12 @@ def open_store(settings: Settings) -> Store:
     return store
 
 
+def open_kb(settings: Settings) -> KnowledgeBase:
+    """The knowledge base that the settings name."""
+    options = IndexOptions(kind=settings.kb_index, exact_below=settings.kb_exact_below)
+    return KnowledgeBase.open(settings.kb_url or settings.data_dir / "kb", options)
+
+
 async def assemble(
     settings: Settings, model: ResolvedModel, engine: Engine, store: Store, report: Reporter
 ) -> Polyhelm:
@@ -100,7 +126,10 @@ async def assemble(
     steerer = Steerer(store, served, engine.max_edits, settings.max_strength, Doses(settings.max_relative_dose), leases)
     jobs = FitJobs(settings.data_dir / "fits", engine, store, identity)
     captures = Spools(settings.data_dir / "captures")
-    return Polyhelm(settings, model.name, engine, store, steerer, jobs, captures, leases)
+    kb = open_kb(settings)
+    encoder = BatchedEncoder(encoders.load(settings.kb_encoder))
+    replays = Replays(settings.data_dir / "kb" / "replays.sqlite3")
+    return Polyhelm(settings, model.name, engine, store, steerer, jobs, captures, leases, kb, encoder, replays)
 
 
 def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
@@ -110,8 +139,10 @@ def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
     wrap = (polyhelm.steerer, polyhelm.engine)
     state.openai_serving_chat = SteeringHandler(state.openai_serving_chat, "create_chat_completion", *wrap)
     state.openai_serving_completion = SteeringHandler(state.openai_serving_completion, "create_completion", *wrap)
-    for module in (activations, aliases, artifact_files, artifacts, capabilities, health):
+    for module in (activations, aliases, artifact_files, artifacts, capabilities, health, kb_collections, kb_facts):
         app.include_router(module.router)
+    app.include_router(kb_facts.changes)
+    app.include_router(kb_import.router)
     # A fit publishes what it fitted.
     app.include_router(fits.router, dependencies=[Depends(admin_scope)])
     if (key := polyhelm.settings.admin_api_key) is not None:

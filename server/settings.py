@@ -65,6 +65,18 @@ class Settings(BaseSettings):
     """Largest answer to a request for activations."""
     max_fit_pairs: int = Field(10_000, ge=2)
 
+    kb_url: str | None = None
+    """Where the knowledge base is: a folder, postgresql://, qdrant+http:// or qdrant+https://. By default
+    `<data-dir>/kb`.
+    """
+    kb_encoder: str = "e5-small"
+    """What turns texts into vectors: `e5-small`, `st:FOLDER_OR_HUB_ID`, `tei:URL` or `openai:URL#MODEL`."""
+    kb_index: Literal["auto", "flat", "hnsw", "ivf"] = "auto"
+    """How collections in a folder are searched; `auto` is exact up to `kb_exact_below` facts, and HNSW beyond."""
+    kb_exact_below: int = Field(300_000, ge=0)
+    max_fact_bytes: int = Field(128 * 1024, ge=1024)
+    """Largest fact that is accepted, as JSON."""
+
     @field_validator("points", "map_points", mode="before")
     @classmethod
     def _separated_by_commas(cls, value: object) -> object:

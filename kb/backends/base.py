@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from kb.encoders.base import EncoderIdentity
+from kb.errors import CollectionDiffers, EncoderMismatch
 from kb.facts import Fact, Hit
 from kb.filters import Filter
 
@@ -137,3 +138,21 @@ class Catalog(Protocol):
     def drop(self, info: CollectionInfo) -> None: ...
 
     def close(self) -> None: ...
+
+
+def confirmed(info: CollectionInfo, encoder: EncoderIdentity, conflicts: Conflicts) -> CollectionInfo:
+    """The collection, if it is what was asked for. Raises EncoderMismatch, CollectionDiffers."""
+    if info.encoder != encoder:
+        raise EncoderMismatch(
+            f"collection {info.name!r} is of encoder {info.encoder.name!r} ({info.encoder.dimension} numbers,"
+            f" {info.encoder.digest[:19]}), not of {encoder.name!r} ({encoder.dimension}, {encoder.digest[:19]});"
+            " make a new collection for another encoder",
+            "encoder",
+        )
+    if info.conflicts != conflicts:
+        raise CollectionDiffers(
+            f"collection {info.name!r} has conflicts {info.conflicts!r}, not {conflicts!r}; send what it has, or make a"
+            " new collection",
+            "conflicts",
+        )
+    return info

@@ -47,6 +47,7 @@ class Capabilities(BaseModel):
     methods: list[str]
     artifact_kinds: dict[str, list[str]]
     captures: str | None
+    encoders: list[dict[str, Any]]
     prefix_cache: str
     runner: str
     limits: dict[str, int | float | None]
@@ -68,6 +69,7 @@ async def get_capabilities(request: Request) -> Capabilities:
             kind: list(kinds.OPS[kind] or get_args(kinds.FeatureOp)) for kind in get_args(Kind) if kind in kinds.OPS
         },
         captures=engine.captures,
+        encoders=[(await polyhelm.encoder.identity())._asdict()],
         prefix_cache=engine.prefix_cache,
         runner=engine.runner,
         limits={
@@ -78,6 +80,7 @@ async def get_capabilities(request: Request) -> Capabilities:
             "max_body_bytes": settings.max_body_bytes,
             "max_artifact_bytes": settings.max_artifact_bytes,
             "max_fit_pairs": settings.max_fit_pairs,
+            "max_fact_bytes": settings.max_fact_bytes,
             "bank_bytes": engine.bank_bytes,
             "max_capture_bytes": settings.max_capture_bytes,
         },

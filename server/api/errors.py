@@ -14,6 +14,8 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from kb import errors as kb
+from kb.encoders import base as encoders
 from steering_store import errors as store
 
 STATUS: dict[type[Exception], int] = {
@@ -32,6 +34,25 @@ STATUS: dict[type[Exception], int] = {
     store.StoreFull: 507,
     store.RemoteUnavailable: 503,
     store.StoreError: 500,
+    kb.InvalidFact: 422,
+    kb.InvalidFilter: 422,
+    kb.InvalidCollection: 422,
+    kb.InvalidVector: 422,
+    kb.KeyReused: 422,
+    kb.FactTooLarge: 413,
+    kb.CollectionNotFound: 404,
+    kb.FactNotFound: 404,
+    kb.EncoderMismatch: 409,
+    kb.CollectionDiffers: 409,
+    kb.FactConflict: 409,
+    kb.DuplicateId: 422,
+    kb.KbBusy: 503,
+    kb.KbFull: 507,
+    kb.KbUnavailable: 503,
+    kb.KbError: 500,
+    encoders.InvalidText: 422,
+    encoders.EncoderUnavailable: 503,
+    encoders.EncoderError: 500,
 }
 
 TYPES: dict[int, str] = {
@@ -74,9 +95,14 @@ def error_response(exc: Exception) -> JSONResponse:
     headers = error.headers
     if error.status in RETRY_AFTER_SECONDS:
         headers = {"Retry-After": RETRY_AFTER_SECONDS[error.status], **headers}
+    return JSONResponse({"error": error_body(error)}, error.status, headers)
+
+
+def error_body(exc: Exception) -> dict[str, Any]:
+    """What `error` holds in an answer, or beside other results in one."""
+    error = _as_api_error(exc)
     kind = TYPES.get(error.status, "BadRequestError" if error.status < 500 else "InternalServerError")
-    body = {"message": error.message, "type": kind, "param": error.param, "code": error.status}
-    return JSONResponse({"error": body}, error.status, headers)
+    return {"message": error.message, "type": kind, "param": error.param, "code": error.status}
 
 
 def install(app: FastAPI) -> None:

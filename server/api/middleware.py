@@ -15,17 +15,18 @@ from server.api.errors import ApiError, error_response
 
 STEERABLE = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/activations", "/invocations"})
 MULTIPART = b"multipart/form-data"
+NDJSON = b"application/x-ndjson"
 
 
 @dataclass
 class JsonBodies:
-    """Reads the bodies of POST and PUT requests other than multipart, which their route streams to disk itself."""
+    """Reads the bodies of POST and PUT requests, but those that their route reads as a stream itself."""
 
     app: ASGIApp
     max_bytes: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in {"POST", "PUT", "PATCH"} or _is_multipart(scope):
+        if scope["type"] != "http" or scope["method"] not in {"POST", "PUT", "PATCH"} or _is_streamed(scope):
             await self.app(scope, receive, send)
             return
         try:
@@ -79,8 +80,11 @@ def refuse_steering(path: str, body: bytes) -> None:
         raise ApiError(400, f"{path} can't steer: use /v1/chat/completions or /v1/completions", "steering")
 
 
-def _is_multipart(scope: Scope) -> bool:
-    return dict(scope["headers"]).get(b"content-type", b"").lower().startswith(MULTIPART)
+def _is_streamed(scope: Scope) -> bool:
+    kind = dict(scope["headers"]).get(b"content-type", b"").lower()
+    # Any other route might take such a body for the JSON that it expects.
+    facts = scope["method"] == "PUT" and scope["path"].startswith("/v1/kb/collections/")
+    return kind.startswith(MULTIPART) or (facts and kind.startswith(NDJSON))
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -42,6 +42,8 @@ def serve(
     ] = "auto",
 ) -> None:
     """Serve a model. Every other option is vLLM's own and goes to it unchanged, such as --dtype or --max-model-len."""
+    from kb.encoders import EncoderError
+    from kb.errors import KbError
     from server.app import serve as serve_app
     from server.engine.frontend import EngineStartError
     from server.models import ModelError
@@ -61,6 +63,6 @@ def serve(
     )
     try:
         serve_app(settings, context.args, Reporter())
-    except (ModelError, EngineStartError, StoreError, OSError) as error:
+    except (ModelError, EngineStartError, StoreError, KbError, EncoderError, OSError) as error:
         typer.echo(f"polyhelm: {error}", err=True)
         raise typer.Exit(1) from error

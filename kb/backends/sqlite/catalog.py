@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kb import snapshots
-from kb.backends.base import CollectionInfo, Conflicts
+from kb.backends.base import CollectionInfo, Conflicts, confirmed
 from kb.backends.sqlite.database import NUMBER_BITS, Database, transaction
 from kb.backends.sqlite.facts import SqliteFacts
 from kb.encoders.base import EncoderIdentity
-from kb.errors import CollectionDiffers, CollectionNotFound, EncoderMismatch
+from kb.errors import CollectionNotFound
 from kb.index import IndexOptions
 
 
@@ -62,24 +62,6 @@ class SqliteCatalog:
     @property
     def _indexes(self) -> Path:
         return self._folder / "indexes"
-
-
-def confirmed(info: CollectionInfo, encoder: EncoderIdentity, conflicts: Conflicts) -> CollectionInfo:
-    """The collection, if it is what was asked for. Raises EncoderMismatch, CollectionDiffers."""
-    if info.encoder != encoder:
-        raise EncoderMismatch(
-            f"collection {info.name!r} is of encoder {info.encoder.name!r} ({info.encoder.dimension} numbers,"
-            f" {info.encoder.digest[:19]}), not of {encoder.name!r} ({encoder.dimension}, {encoder.digest[:19]}); make a new"
-            " collection for another encoder",
-            "encoder",
-        )
-    if info.conflicts != conflicts:
-        raise CollectionDiffers(
-            f"collection {info.name!r} has conflicts {info.conflicts!r}, not {conflicts!r}; send what it has, or make a"
-            " new collection",
-            "conflicts",
-        )
-    return info
 
 
 def _delete(db: sqlite3.Connection, collection: int) -> None:

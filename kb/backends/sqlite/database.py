@@ -98,13 +98,14 @@ def m001_collections_and_facts(db: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (m001_collections_and_facts,)
+Migrations = tuple[Callable[[sqlite3.Connection], None], ...]
+MIGRATIONS: Migrations = (m001_collections_and_facts,)
 
 
 class Database:
     """A file, and connections to it that threads take turns with: to open one costs more than most queries."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, migrations: Migrations = MIGRATIONS) -> None:
         """Create the file, or bring it up to date. Raises KbError for one that a newer release has written."""
         self.path = path
         self._idle: list[sqlite3.Connection] = []
@@ -112,7 +113,7 @@ class Database:
         self._closed = False
         with errors_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._migrate()
+            self._migrate(migrations)
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
@@ -138,16 +139,16 @@ class Database:
         for db in idle:
             db.close()
 
-    def _migrate(self) -> None:
+    def _migrate(self, migrations: Migrations) -> None:
         # Two processes that switch one new file to WAL at once get "database is locked" without any waiting.
         with self.path.with_suffix(".lock").open("w") as lock, closing(_connect(self.path)) as db:
             fcntl.flock(lock, fcntl.LOCK_EX)
             db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             db.execute("PRAGMA journal_mode = WAL")
             current = db.execute("PRAGMA user_version").fetchone()[0]
-            if current > len(MIGRATIONS):
+            if current > len(migrations):
                 raise KbError(f"{self.path.name} is of schema {current}, from a newer polyhelm; upgrade this one")
-            for number, migration in enumerate(MIGRATIONS[current:], start=current + 1):
+            for number, migration in enumerate(migrations[current:], start=current + 1):
                 with transaction(db):
                     migration(db)
                     db.execute(f"PRAGMA user_version = {number}")
