@@ -1,4 +1,4 @@
-"""A threshold on the cosine for each pair of languages: E5's cosines crowd into 0.7 to 1, and lie lower across scripts."""
+"""A threshold on the cosine for each pair of languages: E5's crowd into 0.7 to 1, and lie lower across scripts."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ class Rarity(NamedTuple):
     @classmethod
     def of(cls, texts: Iterable[str]) -> Rarity:
         counts, number = np.zeros(BUCKETS, np.int32), 0
-        for number, text in enumerate(texts, 1):
+        for text in texts:
+            number += 1
             counts[sorted({bucket(word.lower()) for word in _WORD.findall(text)})] += 1
         return cls(number, counts)
 
@@ -77,7 +78,15 @@ def words_of(text: str) -> Words:
     for written in _WORD.findall(text):
         latin = anyascii(written).lower()
         unspaced = _UNSPACED.search(written) is not None
-        words.append(Word(written.lower(), latin, consonants(latin, _PINYIN if _HAN.search(written) else _SPELLED), unspaced, written[0].isupper()))
+        words.append(
+            Word(
+                written.lower(),
+                latin,
+                consonants(latin, _PINYIN if _HAN.search(written) else _SPELLED),
+                unspaced,
+                written[0].isupper(),
+            )
+        )
     numbers = frozenset(number.lstrip("0") or "0" for number in re.findall(r"\d+", anyascii(text)))
     return Words(
         tuple(words), numbers, "".join(word.latin for word in words), "".join(word.consonants for word in words)
@@ -97,9 +106,9 @@ NUMBERS: Final = ("numbers_shared", "numbers_differ")
 
 
 def overlap(one: Words, other: Words, rarity: Rarity) -> list[float]:
-    """How much of the first text's rare words the second one has, in the terms of OVERLAP, each in [0, 1]-ish.
+    """How much of the first text's rare words the second one has, in the terms of OVERLAP.
 
-    `exact`, `fuzzy`, `consonants`: mean over words, weighted by rarity; `rarest`, `worst`: the best kind of match of the
+    `exact`, `fuzzy`, `consonants`: mean over words, weighted by rarity; `rarest`, `worst`: the best match of the
     rarest word, and the worst of the three rarest; `evidence`: the weight of all words.
     """
     there = {word.written for word in other.words} | {word.latin for word in other.words}

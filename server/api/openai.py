@@ -123,7 +123,7 @@ class SteeringHandler:
             async with aclosing(chunks):
                 async for chunk in chunks:
                     if chunk.startswith(DONE) and not holds_error(held):
-                        held = with_receipt(held, await self._receipt(prepared))
+                        held = with_field(held, "steering", (await self._receipt(prepared)).model_dump())
                     yield held
                     held = chunk
                 yield held
@@ -143,9 +143,9 @@ def holds_error(chunk: str) -> dict[str, Any] | None:
     return json.loads(chunk.removeprefix("data: ")).get("error") if chunk.startswith("data: {") else None
 
 
-def with_receipt(chunk: str, receipt: Receipt) -> str:
-    """Add the receipt to an SSE chunk; a chunk that holds an error stays as it is."""
+def with_field(chunk: str, name: str, value: Any) -> str:
+    """Add a field to an SSE chunk; a chunk that holds an error stays as it is."""
     if holds_error(chunk):
         return chunk
     body = json.loads(chunk.removeprefix("data: "))
-    return f"data: {json.dumps(body | {'steering': receipt.model_dump()}, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(body | {name: value}, ensure_ascii=False)}\n\n"

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from server.api.errors import ApiError
-from server.api.openai import SteeringHandler, refuse_error, with_receipt
+from server.api.openai import SteeringHandler, refuse_error, with_field
 from server.api.prepared import Prepared
 from server.api.receipts import Applied, Receipt
 from server.api.steering_schema import LAST_PROMPT_TOKEN, parse
@@ -526,8 +526,10 @@ def test_error_chunk_without_a_code_is_500() -> None:
 
 
 def test_receipt_leaves_the_chunk_otherwise_as_it_was() -> None:
-    chunk = with_receipt('data: {"id": "x", "usage": {"prompt_tokens": 3}, "choices": []}\n\n', receipt(2))
+    chunk = with_field(
+        'data: {"id": "x", "usage": {"prompt_tokens": 3}, "choices": []}\n\n', "steering", receipt(2).model_dump()
+    )
     body = payload(chunk)
     assert (body["id"], body["usage"], body["choices"]) == ("x", {"prompt_tokens": 3}, [])
     assert body["steering"]["applied"][0]["tokens_touched"] == 2
-    assert with_receipt(REFUSED, receipt(2)) == REFUSED
+    assert with_field(REFUSED, "steering", receipt(2).model_dump()) == REFUSED

@@ -1,0 +1,67 @@
+"""What a question and each of its nearest facts have in common, as numbers for a small classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from kb.scope.base import Text
+from kb.scope.words import NUMBERS, OVERLAP, Rarity, numbers, overlap, words_of
+
+_VIEW: Final = ("cosine", "ahead", "crowded", "side")
+VECTOR: Final = tuple(f"{view}_{name}" for view in ("whole", "projected") for name in _VIEW)
+WORDS: Final = (
+    *(f"fact_{name}" for name in OVERLAP),
+    *(f"question_{name}" for name in OVERLAP),
+    *NUMBERS,
+    *("fuzzy_ahead", "consonants_ahead"),
+    *("fact_length", "question_length"),
+)
+NAMES: Final = (*VECTOR, *WORDS)
+
+
+def features(question: Text, candidates: Sequence[Text], rarity: Rarity, projection: np.ndarray) -> np.ndarray:
+    """float32 [candidates, len(NAMES)]. `projection` [dimension, smaller] keeps of vectors what tells facts apart."""
+    facts = np.stack([each.vector for each in candidates])
+    views = [_view(question.vector, facts), _view(_units(question.vector @ projection), _units(facts @ projection))]
+    asked = words_of(question.text)
+    rows = []
+    for each in candidates:
+        told = words_of(each.text)
+        rows.append([*overlap(told, asked, rarity), *overlap(asked, told, rarity), *numbers(told, asked)])
+    shared = np.array(rows)
+    fuzzy, sound = shared[:, OVERLAP.index("fuzzy")], shared[:, OVERLAP.index("consonants")]
+    ahead = np.stack([fuzzy - _best_other(fuzzy), sound - _best_other(sound)], axis=1)
+    lengths = np.array([[len(each.text), len(question.text)] for each in candidates])
+    return np.concatenate([*views, shared, ahead, np.log1p(lengths)], axis=1).astype(np.float32)
+
+
+def _view(question: np.ndarray, facts: np.ndarray) -> np.ndarray:
+    """[facts, len(_VIEW)]: the cosine; how far it is ahead of the nearest other fact's; that one's cosine to this fact;
+    and where the question lies between the two, 1 being this fact and 0 the other.
+    """
+    cosines = facts @ question
+    if len(facts) == 1:
+        return np.array([[cosines[0], cosines[0], 0.0, 1.0]])
+    order = np.argsort(-cosines, kind="stable")
+    other = np.full(len(facts), order[0])
+    other[order[0]] = order[1]
+    between = facts - facts[other]
+    side = ((question - facts[other]) * between).sum(axis=1) / ((between**2).sum(axis=1) + 1e-6)
+    return np.stack([cosines, cosines - cosines[other], (facts * facts[other]).sum(axis=1), side], axis=1)
+
+
+def _best_other(values: np.ndarray) -> np.ndarray:
+    """For each value the largest of the others, 0 where there are none."""
+    if len(values) == 1:
+        return np.zeros(1)
+    order = np.argsort(-values, kind="stable")
+    best = np.full(len(values), values[order[0]])
+    best[order[0]] = values[order[1]]
+    return best
+
+
+def _units(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12))

@@ -1,0 +1,115 @@
+"""Pairs to learn from: questions in several languages that ask for the same thing, and their near misses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kb.encoders.base import Encoder
+from kb.scope.base import ScopeError, Text
+
+CANDIDATES = 4
+MIN_GROUPS = 50
+
+
+class Group(NamedTuple):
+    """Questions for one fact, each with its language."""
+
+    questions: tuple[tuple[str, str], ...]
+
+
+class Situation(NamedTuple):
+    """A question, the nearest facts of a collection, and which of these, bool [facts], it is about: one or none."""
+
+    question: Text
+    candidates: tuple[Text, ...]
+    matches: np.ndarray
+
+
+def read_groups(path: Path) -> list[Group]:
+    """From JSON lines: {"questions": {"en": "...", "de": ["...", "..."]}}. Raises ScopeError, which names the line."""
+    groups = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            questions = json.loads(line)["questions"]
+            group = Group(tuple((text, language) for language in questions for text in _texts(questions[language])))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ScopeError(
+                f'line {number} isn\'t {{"questions": {{"en": "...", "de": ["...", "..."]}}}}: {error}'
+            ) from None
+        if len(group.questions) < 2:
+            raise ScopeError(f"line {number} asks in one way only: give at least two questions for the same thing")
+        groups.append(group)
+    if len(groups) < MIN_GROUPS:
+        raise ScopeError(
+            f"{len(groups)} lines: give at least {MIN_GROUPS}, so that there are near misses to learn from"
+        )
+    return groups
+
+
+def _texts(value: object) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("a question must be a text, or a list of texts")
+    return texts
+
+
+class Encoded(NamedTuple):
+    """Groups with the vectors [questions, dimension] of each."""
+
+    groups: Sequence[Group]
+    vectors: Sequence[np.ndarray]
+
+    def part(self, numbers: Sequence[int]) -> Encoded:
+        return Encoded([self.groups[n] for n in numbers], [self.vectors[n] for n in numbers])
+
+
+def encode(groups: Sequence[Group], encoder: Encoder) -> Encoded:
+    rows = encoder.encode_queries([text for group in groups for text, _ in group.questions])
+    ends = np.cumsum([len(group.questions) for group in groups])
+    return Encoded(groups, np.split(rows, ends[:-1]))
+
+
+def situations(encoded: Encoded, *, per_group: int, seed: int) -> Iterator[Situation]:
+    """For each group some of its questions, asked of a collection that has another question of every group as fact.
+
+    The collection is in one language, and every second time without the fact that the question is about. A question
+    isn't asked of its own wording.
+    """
+    random = np.random.default_rng(seed)
+    collections = _collections(encoded)
+    for number, group in enumerate(encoded.groups):
+        for turn in range(per_group):
+            asked, told = random.choice(len(group.questions), 2, replace=False)
+            language = group.questions[told][1]
+            facts, owners, vectors = collections[language]
+            text, vector = group.questions[asked], encoded.vectors[number][asked]
+            scores = vectors @ vector
+            own = owners == number
+            scores[own] = -2
+            if turn % 2 == 0:
+                position = int(np.flatnonzero(own)[0])
+                scores[position] = vectors[position] @ vector if group.questions[asked] != facts[position] else -2
+            nearest = np.argsort(-scores)[:CANDIDATES]
+            nearest = nearest[scores[nearest] > -2]
+            # Two groups may ask for the same thing in this language.
+            wording = {question for question, _ in group.questions}
+            matches = np.array([owners[n] == number or facts[n][0] in wording for n in nearest])
+            candidates = tuple(Text(facts[n][0], facts[n][1], vectors[n]) for n in nearest)
+            yield Situation(Text(text[0], text[1], vector), candidates, matches)
+
+
+def _collections(encoded: Encoded) -> dict[str, tuple[list[tuple[str, str]], np.ndarray, np.ndarray]]:
+    """By language: the facts, the numbers of their groups [facts], and their vectors [facts, dimension]."""
+    found: dict[str, list[tuple[tuple[str, str], int, np.ndarray]]] = {}
+    for number, (group, vectors) in enumerate(zip(encoded.groups, encoded.vectors, strict=True)):
+        for question, vector in zip(group.questions, vectors, strict=True):
+            found.setdefault(question[1], []).append((question, number, vector))
+    return {
+        language: ([row[0] for row in rows], np.array([row[1] for row in rows]), np.stack([row[2] for row in rows]))
+        for language, rows in found.items()
+    }

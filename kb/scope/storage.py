@@ -1,0 +1,61 @@
+"""Deciders as folders: `scope.json`, and beside it `scope.safetensors` (a head) or `model/` (a cross-encoder)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors.numpy import load_file, save_file
+
+from kb.encoders.base import EncoderIdentity
+from kb.scope.base import Decider, ScopeError
+from kb.scope.cross_encoder import CrossEncoderDecider
+from kb.scope.head import HeadDecider
+from kb.scope.threshold import ThresholdDecider
+
+SETTINGS: Final = "scope.json"
+TENSORS: Final = "scope.safetensors"
+MODEL: Final = "model"
+FORMAT: Final = 1
+
+
+def save(
+    decider: ThresholdDecider | HeadDecider | CrossEncoderDecider, folder: Path, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write it; `notes` say where it comes from. ScopeError where there is a decider already."""
+    if (folder / SETTINGS).exists():
+        raise ScopeError(f"{folder} holds a decider already: name another folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"format": FORMAT, "kind": decider.name, "notes": dict(notes or {})}
+    if decider.encoder is not None:
+        settings["encoder"] = decider.encoder._asdict()
+    if isinstance(decider, ThresholdDecider):
+        settings |= decider.settings()
+    elif isinstance(decider, HeadDecider):
+        settings["texts"] = decider.rarity.texts
+        save_file(decider.tensors(), folder / TENSORS)
+    else:
+        decider.save(folder / MODEL)
+    # Last, as a folder without it is no decider.
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def load(folder: Path) -> Decider:
+    """Raises ScopeError, which says what is wrong with the folder."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+        if settings["format"] != FORMAT:
+            raise ScopeError(f"{folder} is of format {settings['format']}, and this version reads {FORMAT}")
+        encoder = EncoderIdentity(**settings["encoder"]) if "encoder" in settings else None
+        kind = settings["kind"]
+        if kind == "threshold":
+            return ThresholdDecider(float(settings["fallback"]), dict(settings["thresholds"]), encoder)
+        if kind == "head" and encoder is not None:
+            return HeadDecider.from_tensors(encoder, int(settings["texts"]), load_file(folder / TENSORS))
+        if kind == "cross_encoder":
+            return CrossEncoderDecider(str(folder / MODEL))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ScopeError(f"{folder} holds no decider that can be read: {error}") from error
+    raise ScopeError(f"{folder} holds a decider of an unknown kind, {kind!r}")

@@ -1,0 +1,60 @@
+"""A cross-encoder of sentence-transformers: a tiny real one, made and trained here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kb.scope import ScopeError, Text
+from kb.scope.cross_encoder import CrossEncoderDecider
+from kb.scope.pairs import Situation
+from kb.scope.storage import load, save
+
+pytest.importorskip("sentence_transformers")
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "who", "wrote", "faust", "hamlet", "macbeth", "?"]
+NOTHING = np.zeros(2, np.float32)
+
+
+@pytest.fixture(scope="module")
+def decider(tmp_path_factory: pytest.TempPathFactory) -> CrossEncoderDecider:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("cross")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, num_labels=1, **size)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    made = CrossEncoderDecider(str(folder))
+    books = ("faust", "hamlet", "macbeth")
+    facts = tuple(Text(f"who wrote {book}?", "en", NOTHING) for book in books)
+    asked = [
+        Situation(Text(f"{book} who wrote?", "en", NOTHING), facts, np.array([book == each for each in books]))
+        for book in books
+    ]
+    made.fit(asked * 20, epochs=12, batch=16, rate=2e-3)
+    return made
+
+
+def test_it_learns_which_fact_a_question_is_about(decider: CrossEncoderDecider) -> None:
+    facts = [Text(f"who wrote {book}?", "en", NOTHING) for book in ("hamlet", "faust")]
+    judged = decider.probabilities(Text("faust who wrote?", "de", NOTHING), facts)
+    assert judged[0] < 0.5 <= judged[1]
+
+
+def test_it_survives_a_folder(decider: CrossEncoderDecider, tmp_path: Path) -> None:
+    save(decider, tmp_path / "scope")
+    loaded = load(tmp_path / "scope")
+    question, facts = Text("faust who wrote?", "de", NOTHING), [Text("who wrote faust?", "en", NOTHING)]
+    assert loaded.encoder is None
+    np.testing.assert_allclose(loaded.probabilities(question, facts), decider.probabilities(question, facts), atol=1e-5)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ScopeError, match="can't be loaded"):
+        CrossEncoderDecider(str(tmp_path / "nothing"))

@@ -1,0 +1,140 @@
+"""Deciders fitted on made-up questions with the real encoder, and judged on questions about others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kb.encoders import load as load_encoder
+from kb.encoders.base import EncoderIdentity
+from kb.scope import ScopeError, Text
+from kb.scope.head import HeadDecider
+from kb.scope.pairs import CANDIDATES, Encoded, encode, read_groups, situations
+from kb.scope.storage import SETTINGS, TENSORS, load, save
+from kb.scope.threshold import Judged, ThresholdDecider, calibrate
+from kb.scope.training import fit_head, fit_threshold, quality
+from tests.kb.scope.questions import groups
+
+ENCODER = load_encoder("e5-small")
+
+
+@pytest.fixture(scope="module")
+def known() -> Encoded:
+    return encode(groups(100, seed=0), ENCODER)
+
+
+@pytest.fixture(scope="module")
+def unknown() -> Encoded:
+    return encode(groups(60, seed=1), ENCODER)
+
+
+@pytest.fixture(scope="module")
+def head(known: Encoded) -> HeadDecider:
+    return fit_head(known, ENCODER.identity, false_fires=0.02, report=lambda _: None)
+
+
+def test_the_head_tells_facts_from_near_misses_that_it_never_saw(head: HeadDecider, unknown: Encoded) -> None:
+    measured = quality(head, unknown)
+    assert measured.recall > 0.9 and measured.false_fires < 0.1
+
+
+def test_the_head_finds_more_than_a_threshold_that_fires_as_rarely(
+    head: HeadDecider, known: Encoded, unknown: Encoded
+) -> None:
+    threshold = fit_threshold(known, ENCODER.identity, false_fires=0.02)
+    assert quality(threshold, unknown).recall + 0.1 < quality(head, unknown).recall
+
+
+def test_a_situation_has_its_own_fact_every_second_time_and_never_its_own_wording(known: Encoded) -> None:
+    found = list(situations(known, per_group=4, seed=0))
+    assert np.mean([each.matches.any() for each in found]) == pytest.approx(0.5, abs=0.03)
+    for each in found:
+        assert len(each.candidates) == CANDIDATES
+        assert each.question.text not in {candidate.text for candidate in each.candidates}
+        cosines = [float(candidate.vector @ each.question.vector) for candidate in each.candidates]
+        assert cosines == sorted(cosines, reverse=True)
+
+
+def test_one_candidate_and_an_empty_question_can_be_judged(head: HeadDecider) -> None:
+    question, fact = ENCODER.encode_queries(["", "Who wrote Faust?"])
+    judged = head.probabilities(Text("", None, question), [Text("Who wrote Faust?", "en", fact)])
+    assert judged.shape == (1,) and judged[0] < 0.5
+
+
+def test_thresholds_are_per_pair_of_languages_where_enough_is_known() -> None:
+    def judged(asked: str, low: float, number: int) -> list[Judged]:
+        misses = [Judged(asked, "en", low + 0.001 * n, False) for n in range(number)]
+        return misses + [Judged(asked, "en", low + 0.5, True)] * number
+
+    decider = calibrate(judged("de", 0.3, 100) + judged("zh", 0.1, 100) + judged("th", 0.2, 5), None, false_fires=0.02)
+    assert set(decider.thresholds) == {"de>en", "zh>en"}
+    assert decider.thresholds["de>en"] == pytest.approx(0.397, abs=1e-6)
+    assert decider.thresholds["zh>en"] == pytest.approx(0.197, abs=1e-6)
+    fact = Text("fact", "en", np.array([1.0, 0.0]))
+    for language, expected in (("de", False), ("zh", True), ("xx", False)):
+        asked = Text("question", language, np.array([0.3, 0.0]))
+        assert (decider.probabilities(asked, [fact])[0] >= 0.5) == expected
+
+
+def test_a_threshold_needs_near_misses() -> None:
+    with pytest.raises(ScopeError, match="don't match"):
+        calibrate([Judged("de", "en", 0.9, True)], None)
+
+
+@pytest.mark.parametrize("kind", ["head", "threshold"])
+def test_a_decider_survives_a_folder(kind: str, head: HeadDecider, unknown: Encoded, tmp_path: Path) -> None:
+    decider = head if kind == "head" else ThresholdDecider(0.8, {"de>en": 0.82}, ENCODER.identity)
+    save(decider, tmp_path / "scope", {"data": "made up"})
+    loaded = load(tmp_path / "scope")
+    assert (loaded.name, loaded.encoder) == (kind, ENCODER.identity)
+    for each in list(situations(unknown, per_group=1, seed=0))[:10]:
+        np.testing.assert_array_equal(
+            loaded.probabilities(each.question, each.candidates), decider.probabilities(each.question, each.candidates)
+        )
+    with pytest.raises(ScopeError, match="already"):
+        save(decider, tmp_path / "scope")
+
+
+@pytest.mark.parametrize("damage", ["no settings", "not json", "format", "kind", "no tensors", "half", "dimension"])
+def test_a_damaged_folder_is_refused(head: HeadDecider, tmp_path: Path, damage: str) -> None:
+    save(head, tmp_path)
+    settings, tensors = tmp_path / SETTINGS, tmp_path / TENSORS
+    written = json.loads(settings.read_text())
+    match damage:
+        case "no settings":
+            settings.unlink()
+        case "not json":
+            settings.write_text("{")
+        case "format":
+            settings.write_text(json.dumps(written | {"format": 2}))
+        case "kind":
+            settings.write_text(json.dumps(written | {"kind": "oracle"}))
+        case "no tensors":
+            tensors.unlink()
+        case "half":
+            tensors.write_bytes(tensors.read_bytes()[: tensors.stat().st_size // 2])
+        case "dimension":
+            settings.write_text(json.dumps(written | {"encoder": EncoderIdentity("other", 8, "sha256:0")._asdict()}))
+    with pytest.raises(ScopeError):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", '{"questions": {"en": "one"}}', '{"questions": {"en": [1, 2]}}', '{"questions": "en"}', '{"q": 1}'],
+)
+def test_a_bad_line_of_questions_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"questions": {"en": ["a?", "b?"]}}\n' + line)
+    with pytest.raises(ScopeError, match="line 2"):
+        read_groups(file)
+
+
+def test_too_few_lines_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"questions": {"en": "a?", "de": "b?"}}\n' * 10)
+    with pytest.raises(ScopeError, match="10 lines"):
+        read_groups(file)
