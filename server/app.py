@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI
 from kb import encoders
 from kb.index import IndexOptions
 from kb.knowledge_base import KnowledgeBase
+from server import experts
 from server.api import (
     activations,
     aliases,
@@ -25,6 +26,7 @@ from server.api import (
     kb_collections,
     kb_facts,
     kb_import,
+    saes,
 )
 from server.api.admin import admin_scope, admit
 from server.api.doses import Doses
@@ -124,7 +126,8 @@ async def assemble(
     served = ServedModel(identity, engine.layers, engine.hidden_size, engine.points, settings.model_match)
     leases = Leases(store)
     steerer = Steerer(store, served, engine.max_edits, settings.max_strength, Doses(settings.max_relative_dose), leases)
-    jobs = FitJobs(settings.data_dir / "fits", engine, store, identity)
+    find = experts.listed(settings.expert_models, settings.data_dir)
+    jobs = FitJobs(settings.data_dir / "fits", engine, store, identity, find)
     captures = Spools(settings.data_dir / "captures")
     kb = open_kb(settings)
     encoder = BatchedEncoder(encoders.load(settings.kb_encoder))
@@ -139,7 +142,17 @@ def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
     wrap = (polyhelm.steerer, polyhelm.engine)
     state.openai_serving_chat = SteeringHandler(state.openai_serving_chat, "create_chat_completion", *wrap)
     state.openai_serving_completion = SteeringHandler(state.openai_serving_completion, "create_completion", *wrap)
-    for module in (activations, aliases, artifact_files, artifacts, capabilities, health, kb_collections, kb_facts):
+    for module in (
+        activations,
+        aliases,
+        artifact_files,
+        artifacts,
+        capabilities,
+        health,
+        kb_collections,
+        kb_facts,
+        saes,
+    ):
         app.include_router(module.router)
     app.include_router(kb_facts.changes)
     app.include_router(kb_import.router)

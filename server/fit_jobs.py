@@ -20,6 +20,7 @@ import structlog
 from fastapi.concurrency import run_in_threadpool
 
 from server.api.errors import ApiError
+from server.experts import FindExpert, no_expert
 from server.fit_methods.base import MethodSpec
 from server.fit_records import FitFolder, FitJob, FitRecord, Progress
 from server.fits import run_fit
@@ -56,6 +57,7 @@ class FitJobs:
     engine: Engine
     store: Store
     identity: ModelIdentity
+    expert: FindExpert = no_expert
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _running: _Running | None = None
     _worker: asyncio.Task[None] | None = None
@@ -153,10 +155,12 @@ class FitJobs:
         finally:
             running.cancel()
             self._running = None
+        await run_in_threadpool(self._records.discard_work, job.id)
         if task.cancelled() or (error := task.exception()) is None:
             return
         if self.engine.alive:
             await run_in_threadpool(self._fail, job, error)
+            await run_in_threadpool(self._records.discard_work, job.id)
         else:
             await run_in_threadpool(self._records.requeue, job.id)  # the next start takes it up
 
@@ -168,10 +172,22 @@ class FitJobs:
         spec = await run_in_threadpool(self._records.spec, job.id)
 
         def progress(done: int, total: int) -> None:
+            # A fit computes in a thread, which nothing but an exception ends.
+            if running.task is not None and running.task.cancelling():
+                raise _Withdrawn
             running.progress = Progress(done=done, total=total)
 
-        store, annotations = cast(Store, commit), {ANNOTATION: job.id}
-        await run_fit(spec, self.engine, store, self.identity, job.created_at, progress, annotations)
+        await run_fit(
+            spec,
+            self.engine,
+            cast(Store, commit),
+            self.identity,
+            job.created_at,
+            progress,
+            {ANNOTATION: job.id},
+            work=self._records.work(job.id),
+            expert=self.expert,
+        )
 
     def _fail(self, job: FitJob, error: BaseException) -> None:
         if isinstance(error, ExceptionGroup):
@@ -193,6 +209,10 @@ class _Commit:
     records: FitFolder
     store: Store
     running: _Running
+
+    def __getattr__(self, name: str) -> Any:
+        """All that reads is the store's."""
+        return getattr(self.store, name)
 
     def publish(self, name: str, manifest: Mapping[str, object], files: Mapping[str, bytes]) -> Publication:
         publications: list[Publication] = []

@@ -2,12 +2,14 @@
 
 <id>.json      a `FitRecord`
 <id>.progress  how far the process is that runs the job; gone when the job is over
+<id>.work/     what another attempt at the job goes on from; gone when the job is over
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable
 from datetime import datetime
@@ -26,7 +28,7 @@ Stamp = tuple[int, int, int]
 
 
 class Progress(BaseModel):
-    """Texts captured, of all."""
+    """Of the step that is under way: texts captured, steps of a training, or points of a sweep, of all."""
 
     done: int = 0
     total: int = 0
@@ -125,6 +127,10 @@ class FitFolder:
             self._progress(fit_id).unlink(missing_ok=True)
             return job
 
+    def work(self, fit_id: str) -> Path:
+        """A folder of the job's own, which may not be there."""
+        return self.path / f"{fit_id}.work"
+
     def report(self, fit_id: str, progress: Progress) -> bool:
         """Tell how far a running job is; False where somebody ended it."""
         with self._locked():
@@ -133,6 +139,12 @@ class FitFolder:
                 return False
             self._replace(self._progress(fit_id), progress.model_dump_json())
             return True
+
+    def discard_work(self, fit_id: str) -> None:
+        """Remove what only another attempt would need, where the job is over."""
+        head, work = self.head(fit_id), self.work(fit_id)
+        if work.exists() and (head is None or head.job.over):
+            shutil.rmtree(work)
 
     def requeue(self, fit_id: str) -> None:
         """Nobody runs the job any more."""
@@ -147,6 +159,10 @@ class FitFolder:
                 head = self.head(progress.stem)
                 if head is None or head.job.over:
                     progress.unlink()
+            for work in self.path.glob("*.work"):
+                head = self.head(work.stem)
+                if head is None or head.job.over:
+                    shutil.rmtree(work)
 
     def _locked(self) -> Any:
         return locked(self.path / "writers.lock")

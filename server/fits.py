@@ -4,9 +4,14 @@ demo; what differs between the methods is in fit_methods/.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,18 +20,34 @@ from safetensors.numpy import save
 
 from server import __version__
 from server.api.errors import ApiError
-from server.engine.capture import CaptureSpec, pooling_span
+from server.api.served import ServedModel
 from server.engine.edits import Point
-from server.engine.spans import Span
-from server.fit_methods.base import Activations, Array, FitError, Fitted, MethodSpec, ModelShape, Progress, Wanted
+from server.experts import FindExpert, no_expert
+from server.fit_captures import captured, encoded
+from server.fit_methods.base import (
+    Activations,
+    Capture,
+    Context,
+    FitError,
+    Fitted,
+    MethodSpec,
+    ModelShape,
+    Progress,
+    Steps,
+)
 from server.models import ModelIdentity
+from server.tuning.measure import Task
+from server.tuning.record import Record
+from server.tuning.sweep import Sweep
+from server.tuning.task import TuneError
 from steering_store import Publication, Store
 from steering_store.manifest import DType, Kind
 
 if TYPE_CHECKING:
-    from server.engine.client import CaptureRun, Engine
+    from server.engine.client import Engine
 
-CONCURRENT_CAPTURES = 32
+TUNING = "tuning.jsonl"
+LABELS = "labels.jsonl"
 FILES: dict[Kind, str] = {
     "steering_vector": "vectors.safetensors",
     "neuron_set": "neurons.safetensors",
@@ -43,32 +64,22 @@ def model_shape(engine: Engine) -> ModelShape:
     return ModelShape(engine.layers, engine.heads, widths)
 
 
-async def check_spec(spec: MethodSpec, engine: Engine) -> list[list[int]]:
-    """The token ids of all texts. ApiError 422 naming the first text or option that the model can't take, or 400 where
-    this server can't capture what the method reads.
+async def check_spec(spec: MethodSpec, engine: Engine) -> None:
+    """ApiError 422 naming the first text or option that the model can't take, or an item of the tuning data that it
+    must not be tuned on, and 400 where this server can't capture what the method reads.
     """
-    _check_points(spec.wanted().points, engine)
     layers = engine.layers
     if bad := [layer for layer in spec.options.default_layers or () if layer >= layers]:
         raise ApiError(422, f"default_layers {bad} are outside the model's {layers} layers", "options.default_layers")
-    texts = spec.texts()
-    encoded: list[list[int]] = await run_in_threadpool(
-        lambda: engine.tokenizer([each.text for each in texts])["input_ids"]
-    )
-    least, most = 2 if spec.wanted().keep == "mean" else 1, engine.max_model_len - 1
-    for (where, _), ids in zip(texts, encoded, strict=True):
-        if not least <= len(ids) <= most:
-            raise ApiError(422, f"{where}: {len(ids)} tokens; this model and pooling take {least} to {most}", where)
-    return encoded
-
-
-def _check_points(points: Sequence[Point], engine: Engine) -> None:
-    if engine.captures is not None:
-        raise ApiError(400, f"fitting needs captured activations: {engine.captures}")
-    for point in points:
-        if not (known := engine.points.get(point, {})).get("width"):
-            reason = known.get("reason") or "it isn't installed: name it in POLYHELM_POINTS"
-            raise ApiError(400, f"the method reads {point}, where this server captures nothing: {reason}", "options")
+    captures = spec.captures()
+    for capture in captures:
+        await encoded(capture, engine)
+    if spec.tune is not None:
+        try:
+            spec.tune.check_unseen(text.text for capture in captures for text in capture.texts)
+            await run_in_threadpool(Task.of, engine, spec.tune)
+        except TuneError as error:
+            raise ApiError(422, f"{error.field}: {error}", error.field) from error
 
 
 async def run_fit(
@@ -79,61 +90,101 @@ async def run_fit(
     created_at: datetime,
     progress: Progress,
     annotations: Mapping[str, str] | None = None,
+    *,
+    work: Path | None = None,
+    expert: FindExpert = no_expert,
 ) -> Publication:
-    """Capture what the method wants of every text in one pass, fit, and publish. Raises ApiError or StoreError."""
-    ids = await check_spec(spec, engine)
-    activations = await _capture(ids, spec.wanted(), engine, progress)
-    try:
-        fitted = await run_in_threadpool(spec.fit, activations, model_shape(engine), progress)
-    except FitError as error:
-        raise ApiError(422, str(error), error.field) from error
-    except ValueError as error:
-        raise ApiError(422, str(error), "options") from error
-    manifest = _manifest(spec, fitted, activations, identity, engine, created_at)
-    manifest["annotations"] = {**fitted.annotations, **(annotations or {})}
-    tensors = {_tensor_name(fitted, *key): np.ascontiguousarray(tensor) for key, tensor in fitted.tensors.items()}
-    return await run_in_threadpool(store.publish, spec.name, manifest, {FILES[fitted.kind]: save(tensors)})
+    """Capture what the method wants, fit, tune where that is asked for, and publish. Raises ApiError or StoreError.
 
-
-async def _capture(texts: list[list[int]], wanted: Wanted, engine: Engine, progress: Progress) -> Activations:
-    sites = tuple((point, layer) for point in wanted.points for layer in range(engine.layers))
-    span = Span(generation=False) if wanted.keep == "rows" else pooling_span(wanted.keep)
-    spec = CaptureSpec(sites, span, "rows" if wanted.keep == "rows" else "mean")
-    runs: list[dict[Point, tuple[Array, Array]] | None] = [None] * len(texts)
-    slots = asyncio.Semaphore(CONCURRENT_CAPTURES)
-    done = 0
-    progress(done, len(texts))
-
-    async def capture(index: int) -> None:
-        nonlocal done
-        async with slots:
-            run = await engine.run_capture(texts[index], spec, detokenize=False)
-        runs[index] = {point: _stacked(run, point, engine.layers, wanted) for point in wanted.points}
-        done += 1
-        progress(done, len(texts))
-
-    async with asyncio.TaskGroup() as group:
-        for index in range(len(texts)):
-            group.create_task(capture(index))
-    return await run_in_threadpool(_activations, [run for run in runs if run is not None], wanted)
-
-
-def _stacked(run: CaptureRun, point: Point, layers: int, wanted: Wanted) -> tuple[Array, Array]:
-    """The activations [layers, width] or [layers, tokens, width], and their mean L2 norm [layers], float32."""
-    names = [f"{point}.{layer}" for layer in range(layers)]
-    values: Array = np.stack([run.tensors[name].numpy() for name in names])
-    if wanted.keep == "rows":
-        return values, np.linalg.norm(values, axis=2).mean(1)
-    return values, np.stack([run.tensors[f"{name}.norm"].numpy() for name in names])
-
-
-def _activations(runs: Sequence[Mapping[Point, tuple[Array, Array]]], wanted: Wanted) -> Activations:
-    values = {point: [run[point][0] for run in runs] for point in wanted.points}
-    return Activations(
-        pooled={} if wanted.keep == "rows" else {point: np.stack(values[point]) for point in wanted.points},
-        rows=values if wanted.keep == "rows" else {},
-        norms={point: np.mean([run[point][1] for run in runs], axis=0) for point in wanted.points},
+    `work` is a folder of this fit's own, for what another attempt goes on from; it is removed once all is published.
+    """
+    if work is None:
+        with TemporaryDirectory() as folder:
+            return await run_fit(
+                spec, engine, store, identity, created_at, progress, annotations, work=Path(folder), expert=expert
+            )
+    await check_spec(spec, engine)
+    work.mkdir(parents=True, exist_ok=True)
+    context = Context(
+        model_shape(engine),
+        progress,
+        store,
+        work,
+        lambda ids: engine.tokenizer.decode(ids),
+        expert,
+        identity["weights_digest"],
     )
+    fit = _Fit(engine, identity, created_at, context)
+    if spec.tune is None:
+        fitted = await fit(spec)
+    else:
+        served = ServedModel(identity, engine.layers, engine.hidden_size, engine.points, "weights")
+        sweep = Sweep(spec, spec.tune, engine, store, served, fit, lambda each: fit.manifest(spec, each), named_tensors)
+        fitted = await sweep.run(Record(work / TUNING, _identity(spec, identity)), progress)
+    manifest = fit.manifest(spec, fitted)
+    manifest["annotations"] = {**fitted.annotations, **(annotations or {})}
+    files = {FILES[fitted.kind]: save(dict(named_tensors(fitted)))}
+    if fitted.labels is not None:
+        files[LABELS] = fitted.labels
+    publication = await run_in_threadpool(store.publish, spec.name, manifest, files)
+    await run_in_threadpool(shutil.rmtree, work)
+    return publication
+
+
+def _identity(spec: MethodSpec, identity: ModelIdentity) -> str:
+    """Of everything that decides what a sweep measures."""
+    decisive = [spec.model_dump(mode="json"), identity["weights_digest"], __version__]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class _Fit:
+    """Fits specs on one engine; what several of them want captured is captured once."""
+
+    engine: Engine
+    identity: ModelIdentity
+    created_at: datetime
+    context: Context
+    _captured: dict[Capture, Activations] = field(default_factory=dict)
+    _h_norm: dict[Point, dict[int, float]] = field(default_factory=dict)
+
+    async def __call__(self, spec: MethodSpec) -> Fitted:
+        steps, activations = spec.steps(self.context), None
+        try:
+            while isinstance(step := await run_in_threadpool(_advanced, steps, activations), Capture):
+                activations = await self._capture(step)
+            return step
+        except FitError as error:
+            raise ApiError(422, str(error), error.field) from error
+        except ValueError as error:
+            raise ApiError(422, str(error), "options") from error
+
+    async def _capture(self, wanted: Capture) -> Activations:
+        if wanted not in self._captured:
+            found = await captured(wanted, self.engine, self.context.progress)
+            layers = wanted.wanted.layers or range(self.engine.layers)
+            for point, norms in found.norms.items():
+                self._h_norm.setdefault(point, {}).update(zip(layers, map(float, norms), strict=True))
+            self._captured[wanted] = found
+        return self._captured[wanted]
+
+    def manifest(self, spec: MethodSpec, fitted: Fitted) -> dict[str, Any]:
+        h_norm = self._h_norm.get(fitted.point, {})
+        return _manifest(spec, fitted, h_norm, self.identity, self.engine, self.created_at)
+
+
+def _advanced(steps: Steps, activations: Activations | None) -> Capture | Fitted:
+    """The next capture that a fit wants, or its end."""
+    try:
+        return next(steps) if activations is None else steps.send(activations)
+    except StopIteration as end:
+        fitted: Fitted = end.value
+        return fitted
+
+
+def named_tensors(fitted: Fitted) -> dict[str, np.ndarray]:
+    """As the artifact calls them."""
+    return {_tensor_name(fitted, *key): np.ascontiguousarray(tensor) for key, tensor in fitted.tensors.items()}
 
 
 def _tensor_name(fitted: Fitted, layer: int, role: str | None) -> str:
@@ -143,7 +194,7 @@ def _tensor_name(fitted: Fitted, layer: int, role: str | None) -> str:
 def _manifest(
     spec: MethodSpec,
     fitted: Fitted,
-    activations: Activations,
+    h_norm: Mapping[int, float],
     identity: ModelIdentity,
     engine: Engine,
     created_at: datetime,
@@ -175,10 +226,13 @@ def _manifest(
             for (layer, role), tensor in fitted.tensors.items()
         ],
         "activation": fitted.activation,
+        "labels": None if fitted.labels is None else LABELS,
+        "default_features": None if fitted.default_features is None else list(fitted.default_features),
+        "tuning": None if fitted.tuning is None else fitted.tuning.model_dump(mode="json", exclude_none=True),
         "default_strength": fitted.default_strength,
         "strength_range": fitted.strength_range,
         "default_layers": list(fitted.default_layers),
-        "h_norm": {str(layer): float(norm) for layer, norm in enumerate(activations.norms.get(fitted.point, ()))},
+        "h_norm": {str(layer): norm for layer, norm in sorted(h_norm.items())},
         "languages": list(fitted.languages) or spec.languages,
         "provenance": {
             "method": spec.method,

@@ -40,6 +40,6 @@ class Reporter:
     def _lines(self, name: str) -> Callable[[int, int], None]:
         def show(done: int, total: int) -> None:
             if done % max(total // 10, 1) == 0 or done == total:
-                self.step(f"{name}: {done}/{total} texts")
+                self.step(f"{name}: {done}/{total}")
 
         return show

@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     max_capture_bytes: int = Field(4096 * MiB, ge=1)
     """Largest answer to a request for activations."""
     max_fit_pairs: int = Field(10_000, ge=2)
+    expert_models: Annotated[list[str], NoDecode] = []
+    """Models, separated by commas, that a fit may load beside the served one: embedded ones, folders or hub ids."""
 
     kb_url: str | None = None
     """Where the knowledge base is: a folder, postgresql://, qdrant+http:// or qdrant+https://. By default
@@ -77,7 +79,7 @@ class Settings(BaseSettings):
     max_fact_bytes: int = Field(128 * 1024, ge=1024)
     """Largest fact that is accepted, as JSON."""
 
-    @field_validator("points", "map_points", mode="before")
+    @field_validator("points", "map_points", "expert_models", mode="before")
     @classmethod
     def _separated_by_commas(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value

@@ -59,8 +59,16 @@ def _check_own_fields(manifest: Manifest) -> None:
     if is_preset == bool(manifest.sites):
         remedy = "leave them out" if is_preset else "list at least one"
         raise InvalidManifest(f"sites: every artifact has them, except a preset; {remedy}", "sites")
-    if manifest.labels is not None and not (is_sae and len(manifest.layers) == 1):
-        raise InvalidManifest("labels: only a sae of a single layer has them; leave them out", "labels")
+    for field in ("labels", "default_features"):
+        if getattr(manifest, field) is not None and not (is_sae and len(manifest.layers) == 1):
+            raise InvalidManifest(f"{field}: only a sae of a single layer has them; leave them out", field)
+    features = next((site.shape[0] for site in manifest.sites if site.role == "encoder" and site.shape), 0)
+    for i, feature in enumerate(manifest.default_features or ()):
+        if feature.index >= features:
+            raise InvalidManifest(
+                f"default_features.{i}.index: {feature.index} is not below {features}, the number of features",
+                f"default_features.{i}.index",
+            )
 
 
 def _width(manifest: Manifest) -> int:

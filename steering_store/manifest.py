@@ -31,6 +31,7 @@ from steering_store.errors import InvalidManifest, TooLarge
 from steering_store.manifest_migrations import migrated
 from steering_store.manifest_rules import check_manifest
 from steering_store.reference import DIGEST_PATTERN
+from steering_store.tuning import Tuning
 
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
@@ -43,7 +44,8 @@ DType = Literal["F16", "BF16", "F32", "F64", "I32", "I64"]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST_PATTERN}$")]
 Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")]
+LANGUAGE_PATTERN = r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$"
+Language = Annotated[str, StringConstraints(pattern=LANGUAGE_PATTERN)]
 PositiveNorm = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -120,13 +122,25 @@ class Provenance(_Part):
         return config
 
 
+class FeatureDefault(_Part):
+    """What a request that lists no features does to one feature of an SAE, as a request spells it."""
+
+    index: NonNegativeInt
+    op: Literal["add", "scale", "clamp", "ablate"]
+    value: FiniteFloat | None = None
+    min: FiniteFloat | None = None
+    max: FiniteFloat | None = None
+
+
 class PresetItem(_Part):
     """One intervention of a preset. `options` are the other fields that an intervention of a request takes.
 
-    In a published preset `artifact` is `name@sha256:HEX64`, and so is `options.condition.artifact`.
+    One with a `source_language` is only for requests in that language. In a published preset `artifact` is
+    `name@sha256:HEX64`, and so is `options.condition.artifact`.
     """
 
     artifact: Text
+    source_language: Language | None = None
     strength: FiniteFloat | None = None
     options: dict[str, JsonValue] = {}
 
@@ -158,8 +172,9 @@ class Manifest(_Part):
     | preset | none: it has `interventions`, and no sites |
 
     `activation` is the SAE's: feature k of x is activation(x . encoder_k + encoder_bias_k). `labels` is the file that
-    names its features. `strength_range` is (lowest, highest) sensible strength; `h_norm` is the mean L2 norm of the
-    activation at each layer, in the model's own units; `files` is filled in at publication.
+    names its features and shows where they fire; `default_features` are what a request that lists none does to them.
+    `tuning` says how the defaults were chosen. `strength_range` is (lowest, highest) sensible strength; `h_norm` is the
+    mean L2 norm of the activation at each layer, in the model's own units; `files` is filled in at publication.
     """
 
     schema_version: Literal[1]
@@ -169,6 +184,7 @@ class Manifest(_Part):
     sites: list[Site] = []
     activation: Activation | None = None
     labels: Text | None = None
+    default_features: Annotated[list[FeatureDefault], Field(min_length=1, max_length=256)] | None = None
     interventions: Annotated[list[PresetItem], Field(min_length=1)] | None = None
     default_strength: FiniteFloat
     strength_range: tuple[FiniteFloat, FiniteFloat] | None = None
@@ -177,6 +193,7 @@ class Manifest(_Part):
     languages: list[Language] = []
     files: list[FileEntry] = []
     provenance: Provenance
+    tuning: Tuning | None = None
     metrics: dict[str, FiniteFloat] = {}
     license: str | None = None
     annotations: dict[str, str] = {}

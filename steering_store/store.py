@@ -21,7 +21,7 @@ from steering_store.db import connect, migrate, transaction
 from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, InvalidManifest, InvalidTensor, TooLarge
 from steering_store.garbage import GRACE_SECONDS, Garbage
 from steering_store.holders import holders
-from steering_store.labels import check_labels, read_labels
+from steering_store.labels import FeaturePage, check_labels, find_features, read_labels
 from steering_store.leases import Lease, Leases
 from steering_store.lookup import Remembered
 from steering_store.manifest import FileEntry, Manifest, canonical_json, digest_of, parse_manifest
@@ -143,6 +143,21 @@ class Store:
             return {}
         with self._unless_deleted(version), self._blobs.open_verified(_entry(version, version.manifest.labels)) as file:
             return read_labels(file, indices)
+
+    def find_features(
+        self, version: ArtifactVersion, query: str = "", *, after: int | None = None, limit: int = 100
+    ) -> FeaturePage:
+        """Features of an SAE whose label has all words of the query, by rising index, beginning behind `after`.
+
+        Raises ArtifactNotFound for an artifact without labels, or CorruptArtifact.
+        """
+        labels = version.manifest.labels
+        if labels is None:
+            raise ArtifactNotFound(
+                f"{version.ref} has no labels to find a feature by; publish some, or fit sae_examples", "ref"
+            )
+        with self._unless_deleted(version), self._blobs.open_verified(_entry(version, labels)) as file:
+            return find_features(file, query, after, limit)
 
     def verify(self, ref: str | Reference | None = None) -> list[Problem]:
         """Hash one version, or every one, and say what is damaged; an empty list means nothing is."""

@@ -16,6 +16,7 @@ from server.api import frozen
 from server.api.errors import ApiError
 from server.api.prepared import Prepared
 from server.api.receipts import Receipt
+from server.api.source_language import prompts_of
 from server.api.steering import Steerer
 from server.engine.bank_directory import BankFull, BankTooSmall
 
@@ -52,7 +53,7 @@ class SteeringHandler:
             return await self._create(request, raw_request)
         if getattr(request, "use_beam_search", False):
             raise ApiError(400, "steering doesn't work with beam search: set use_beam_search to false", "steering")
-        prepared = self._steerer.prepare(raw)
+        prepared = self._steerer.prepare(raw, lambda: prompts_of(request, self._engine.tokenizer.decode))
         try:
             result = await self._answer(request, raw_request, prepared)
         except BaseException:

@@ -15,6 +15,14 @@ FIT_STRENGTH = ("add", "add_norm", "scale", "map", "features")
 """The ops whose strength defaults to the artifact's; for the others 1 does all there is to do."""
 
 
+def with_default_features(intervention: Intervention, manifest: Manifest) -> Intervention:
+    """The intervention, with the artifact's own features where it lists none and the artifact has such."""
+    if intervention.features is not None or manifest.default_features is None:
+        return intervention
+    features = [schema.Feature(**each.model_dump()) for each in manifest.default_features]
+    return intervention.model_copy(update={"features": features})
+
+
 def chosen_op(intervention: Intervention, kind: str) -> str:
     """The op, by default the kind's own; `features` for a sae. OptionError for options that it doesn't have."""
     ops = kinds.OPS[kind]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from server.api.receipts import Applied
+from server.api.source_language import Chosen
 from server.api.steering_schema import LAST_PROMPT_TOKEN, Steering
 from server.engine.edits import Edit, Point, Program
 from server.engine.operands import Operand, pack
@@ -43,7 +44,7 @@ class Prepared:
     `owners` has the number, among those applied, of the intervention that each edit belongs to, None for frozen mode's
     own; `numbers` has each one's number in the request, where a preset counts once. `operands` has a loader for each
     bank key that the program reads. `applied` and `versions` have one item per intervention; `digests` are those of all
-    artifacts that were resolved. `doses`
+    artifacts that were resolved. `language` is the one that a preset's interventions were chosen by. `doses`
     has the relative doses of the edits, where there are such, once `Doses.check` has run. `clean` keeps frozen mode's
     operands while the request lives.
     """
@@ -57,6 +58,7 @@ class Prepared:
     digests: frozenset[str]
     settings: Steering
     frozen_sites: tuple[Site, ...] = ()
+    language: Chosen | None = None
     doses: dict[Edit, float] = field(default_factory=dict)
     clean: tuple[Operand, ...] = ()
     receipt: str = field(default_factory=lambda: uuid.uuid4().hex)

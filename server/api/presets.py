@@ -7,6 +7,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from methods.kinds import OptionError
+from server.api.source_language import SourceLanguage
 from server.api.steering_schema import Intervention
 from steering_store import ArtifactVersion
 
@@ -21,11 +22,13 @@ class Part(NamedTuple):
     preset: str | None = None
 
 
-def expand(intervention: Intervention, version: ArtifactVersion) -> list[Part]:
+def expand(intervention: Intervention, version: ArtifactVersion, language: SourceLanguage) -> list[Part]:
     """What an intervention that names this version stands for: itself, unless the version is a preset.
 
-    A preset's strengths are multiplied by the intervention's strength, or else by the preset's default. OptionError
-    where the intervention has any other option, or the preset one that this server doesn't know.
+    Of a preset's interventions for a source language, only those for the request's count. A preset's strengths are
+    multiplied by the intervention's strength, or else by the preset's default. OptionError where the intervention has
+    any other option, or the preset one that this server doesn't know; ApiError 422 where the request's language is none
+    of the preset's.
     """
     items = version.manifest.interventions
     if items is None:
@@ -35,9 +38,12 @@ def expand(intervention: Intervention, version: ArtifactVersion) -> list[Part]:
             other[0], f"{version.ref} is a preset, which brings its own; leave it out, or name its artifacts one by one"
         )
     scale = version.manifest.default_strength if intervention.strength is None else intervention.strength
+    languages = list(dict.fromkeys(item.source_language for item in items if item.source_language is not None))
+    spoken = language.of(languages, version.ref) if languages else None
     return [
         Part(_parse(item.as_intervention(), f"{version.ref}: interventions.{number}"), scale, version.ref)
         for number, item in enumerate(items)
+        if item.source_language in (None, spoken)
     ]
 
 

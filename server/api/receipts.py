@@ -56,9 +56,15 @@ class Applied(BaseModel):
 
 
 class Receipt(BaseModel):
-    """What steering did to a response. `frozen` are the edits that put back clean activations in mode "frozen"."""
+    """What steering did to a response. `frozen` are the edits that put back clean activations in mode "frozen".
+
+    `source_language` is the one by which a preset's interventions were chosen, and `source_language_by` says whether
+    the request named it or it was identified.
+    """
 
     fingerprint: str
     mode: Literal["live", "frozen"] = "live"
+    source_language: str | None = None
+    source_language_by: Literal["request", "identified"] | None = None
     applied: list[Applied]
     frozen: list[AppliedEdit] = []

@@ -19,6 +19,7 @@ from server.api.leases import Leases
 from server.api.prepared import Loader, Prepared, Site
 from server.api.receipts import Applied, AppliedEdit, Receipt
 from server.api.served import ServedModel
+from server.api.source_language import Prompts, SourceLanguage
 from server.api.steering_schema import LAST_PROMPT_TOKEN, Condition, parse
 from server.engine import edits as engine
 from server.engine.edits import Edit, Point, Program, ProgramError
@@ -53,9 +54,13 @@ class Steerer:
     doses: Doses
     leases: Leases
 
-    def prepare(self, raw: object) -> Prepared:
-        """Parse, resolve and compile. Raises ApiError or a StoreError that names the field."""
+    def prepare(self, raw: object, prompts: Prompts | None = None) -> Prepared:
+        """Parse, resolve and compile. Raises ApiError or a StoreError that names the field.
+
+        `prompts` has the texts by which the language is told where a preset asks for it and the request names none.
+        """
         steering = parse(raw)
+        language = SourceLanguage(steering.source_language, prompts)
         self.doses.check_request(steering.max_relative_dose)
         count = len(steering.interventions)
         if count > self.max_edits:
@@ -65,11 +70,12 @@ class Steerer:
             where = f"steering.interventions.{index}"
             try:
                 version = self._resolve(draft, intervention.artifact, f"{where}.artifact")
-                for part in presets.expand(intervention, version):
+                for part in presets.expand(intervention, version, language):
                     draft.numbers.append(index)
                     self._add(draft, part, where, steering.mode)
             except OptionError as error:
                 raise ApiError(422, f"{where}.{error.field}: {error}", f"{where}.{error.field}") from None
+        language.check_used()
         sites = self._frozen_sites(draft) if steering.mode == "frozen" else ()
         edits = len(draft.edits) + len({point for point, _ in sites})
         if edits > self.max_edits:
@@ -91,6 +97,7 @@ class Steerer:
             frozenset(draft.digests),
             steering,
             sites,
+            language=language.chosen,
         )
 
     def _too_many(self, what: str) -> ApiError:
@@ -100,6 +107,7 @@ class Steerer:
         intervention = part.intervention
         version = self._resolve(draft, intervention.artifact, f"{where}.artifact")
         manifest = version.manifest
+        intervention = options.with_default_features(intervention, manifest)
         op = options.chosen_op(intervention, manifest.kind)
         layers = options.chosen_layers(intervention, manifest, version.ref)
         strength = options.chosen_strength(intervention, op, manifest, self.max_strength, part.scale)
@@ -251,8 +259,14 @@ class Steerer:
             )
         for each in applied:
             each.sum_up()
+        language = prepared.language
         return Receipt(
-            fingerprint=prepared.program.fingerprint, mode=prepared.settings.mode, applied=applied, frozen=frozen
+            fingerprint=prepared.program.fingerprint,
+            mode=prepared.settings.mode,
+            source_language=language and language.tag,
+            source_language_by=language and language.by,
+            applied=applied,
+            frozen=frozen,
         )
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from server.api.errors import ApiError
 from server.engine.spans import Span
+from steering_store.manifest import LANGUAGE_PATTERN
 
 Index = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -128,12 +129,14 @@ class Steering(_Part):
     """The interventions of a request, applied in order.
 
     `conflict: "error"` refuses two that write the same direction of the same site. `mode: "frozen"` takes the
-    activations of the last prompt token from a run without interventions, and edits these.
+    activations of the last prompt token from a run without interventions, and edits these. `source_language` is the
+    prompt's, a tag such as sw, for presets that act by language; without it they identify it.
     """
 
     interventions: Annotated[list[Intervention], Field(min_length=1)]
     conflict: Literal["sequential", "error"] = "sequential"
     mode: Literal["live", "frozen"] = "live"
+    source_language: Annotated[str, Field(pattern=LANGUAGE_PATTERN, max_length=64)] | None = None
     max_relative_dose: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 

@@ -157,3 +157,105 @@ def shared_neurons(
         "gamma": gamma,
         "control": control,
     }
+
+
+Layer = Annotated[int, typer.Option(envvar="POLYHELM_LAYER", help="The layer whose residual stream it reads.")]
+Features = Annotated[int | None, typer.Option(envvar="POLYHELM_FEATURES", help="Features of the SAE; 4096.")]
+K = Annotated[int | None, typer.Option(envvar="POLYHELM_K", help="Features that fire on a token; 56.")]
+Architecture = Annotated[
+    str | None, typer.Option(envvar="POLYHELM_ARCHITECTURE", help="topk (the default) or jumprelu.")
+]
+Steps = Annotated[int | None, typer.Option(envvar="POLYHELM_STEPS", help="Of the training; 1500.")]
+Batch = Annotated[int | None, typer.Option(envvar="POLYHELM_BATCH", help="Tokens of a step; 1024.")]
+Rate = Annotated[float | None, typer.Option(envvar="POLYHELM_LEARNING_RATE", help="0.001 unless given.")]
+Device = Annotated[str | None, typer.Option(envvar="POLYHELM_DEVICE", help="To train on: cpu (the default) or cuda.")]
+Seed = Annotated[int | None, typer.Option(envvar="POLYHELM_SEED", help="0 unless given.")]
+Examples = Annotated[
+    int | None, typer.Option(envvar="POLYHELM_EXAMPLES", help="Texts for each feature on which it fires most; 5.")
+]
+
+
+@command(app, "sae", "texts", '{"text": ...}')
+def sae(
+    layer: Layer,
+    features: Features = None,
+    k: K = None,
+    architecture: Architecture = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    learning_rate: Rate = None,
+    device: Device = None,
+    seed: Seed = None,
+    examples: Examples = None,
+) -> dict[str, Any]:
+    """A sparse auto-encoder of one layer, with the texts on which each feature fires most."""
+    return dict(locals())
+
+
+@command(app, "sae_examples", "texts", '{"text": ...}')
+def sae_examples(
+    sae: Annotated[str, typer.Option(envvar="POLYHELM_SAE", help="The SAE, as name or name@3.")],
+    examples: Examples = None,
+) -> dict[str, Any]:
+    """An SAE of the store anew, with the texts on which each feature fires most; its labels stay."""
+    return dict(locals())
+
+
+@command(
+    app,
+    "lf_steering",
+    "pairs",
+    '{"right": ..., "wrong": ...}',
+    paraphrases='{"first": ..., "second": ..., "consistent": true}, to find the layer by',
+    texts='{"text": ...}, to train an SAE from',
+)
+def lf_steering(
+    sae: Annotated[
+        str | None, typer.Option(envvar="POLYHELM_SAE", help="An SAE of the store, in place of --texts.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(envvar="POLYHELM_LAYER", help="Where to train, in place of --paraphrases.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(envvar="POLYHELM_THRESHOLD", help="Least mean change of a key feature; 0.1.")
+    ] = None,
+    most: Annotated[int | None, typer.Option(envvar="POLYHELM_MOST", help="Key features at most; 128.")] = None,
+    features: Features = None,
+    k: K = None,
+    architecture: Architecture = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    learning_rate: Rate = None,
+    device: Device = None,
+    seed: Seed = None,
+) -> dict[str, Any]:
+    """LF-Steering: amplify the features in which right answers and wrong ones to a rephrasing differ."""
+    return dict(locals())
+
+
+@command(app, "expertsteer", "texts", '{"text": ..., "label": "positive" or "negative"}')
+def expertsteer(
+    expert: Annotated[
+        str | None,
+        typer.Option(envvar="POLYHELM_EXPERT", help="The other model: embedded, a folder or a hub id."),
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(envvar="POLYHELM_LAYER_PAIRS", help="Pairs of layers, P; 3.")] = None,
+    affine: Annotated[
+        bool | None, typer.Option(envvar="POLYHELM_AFFINE", help="With the auto-encoder's bias, as printed.")
+    ] = None,
+    neighbours: Annotated[
+        int | None, typer.Option(envvar="POLYHELM_NEIGHBOURS", help="Of the mutual information's estimator; 3.")
+    ] = None,
+    mutual_information_texts: Annotated[
+        int | None, typer.Option(envvar="POLYHELM_MUTUAL_INFORMATION_TEXTS", help="Texts that it is estimated on; 500.")
+    ] = None,
+    ridge: Annotated[
+        float | None, typer.Option(envvar="POLYHELM_RIDGE", help="Of the least-squares control; 0.1.")
+    ] = None,
+    seed: Seed = None,
+    control: Annotated[
+        str | None, typer.Option(envvar="POLYHELM_CONTROL", help="random, least_squares or self_expert instead.")
+    ] = None,
+) -> dict[str, Any]:
+    """ExpertSteer: steer along a direction of another model that knows more."""
+    return dict(locals())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
 import json
 import time
@@ -14,10 +15,14 @@ import httpx
 import typer
 from pydantic import ValidationError
 
+from server.cli import tuning
+from server.cli.reading import layers_named, read_rows
+from server.cli.tuning import TuningOptions
 from server.progress import Reporter
 
 if TYPE_CHECKING:
     from server.fit_methods.base import MethodSpec
+    from steering_store.tuning import Tuning
 
 
 class _Common(NamedTuple):
@@ -63,28 +68,28 @@ def _common(
 
 
 def command(
-    app: typer.Typer, method: str, data: str, fields: str
+    app: typer.Typer, method: str, data: str, fields: str, **more: str
 ) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., None]]:
     """Make a command of a function that turns a method's own options into the `options` of its spec.
 
-    The data is read from the file of `--DATA`, JSON lines with such `fields`. An option that is None isn't sent, so
-    that defaults are told in one place, the spec.
+    The data is read from the file of `--DATA`, JSON lines with such `fields`; `more` are further files of data that may
+    be given. An option that is None isn't sent, so that defaults are told in one place, the spec.
     """
 
     def decorate(options: Callable[..., dict[str, Any]]) -> Callable[..., None]:
         own = inspect.signature(options, eval_str=True).parameters.values()
         common = inspect.signature(_common, eval_str=True).parameters.values()
+        tune = inspect.signature(tuning.options, eval_str=True).parameters.values()
 
         def run(**given: Any) -> None:
-            file: Path = given.pop(data)
+            files = {name: given.pop(name) for name in (data, *more)}
             shared = _Common(**{name: given.pop(name) for name in _Common._fields})
-            _run(method, data, file, shared, options(**given))
+            tuned = TuningOptions(**{name: given.pop(name) for name in TuningOptions._fields})
+            _run(method, files, shared, tuned, options(**given))
 
-        help_text = f"JSON lines {fields}."
-        variable = f"POLYHELM_{data.upper()}"
-        rows = Annotated[Path, typer.Option(envvar=variable, exists=True, dir_okay=False, help=help_text)]
-        parameters = [inspect.Parameter(data, inspect.Parameter.KEYWORD_ONLY, annotation=rows), *common, *own]
-        keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        parameters = [_file(data, fields, required=True), *common]
+        parameters += [_file(name, each, required=False) for name, each in more.items()]
+        keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in [*parameters, *own, *tune]]
         run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in keyword_only}
         run.__doc__ = options.__doc__
@@ -94,12 +99,25 @@ def command(
     return decorate
 
 
-def _run(method: str, data: str, file: Path, common: _Common, options: dict[str, Any]) -> None:
+def _file(name: str, fields: str, *, required: bool) -> inspect.Parameter:
+    """An option that names a file of JSON lines."""
+    option = typer.Option(envvar=f"POLYHELM_{name.upper()}", exists=True, dir_okay=False, help=f"JSON lines {fields}.")
+    if required:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Path, option])
+    kind = Annotated[Path | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
+
+
+def _run(
+    method: str, files: dict[str, Path | None], common: _Common, tuned: TuningOptions, options: dict[str, Any]
+) -> None:
     from server.api.errors import ApiError
     from server.fit_methods.registry import parse_spec, untagged
     from server.models import ModelError
     from steering_store.errors import StoreError
 
+    given = {name: file for name, file in files.items() if file is not None}
+    tune = tuning.spec_of(tuned, common.strength)
     options |= {
         "default_layers": None if common.layers is None else layers_named(common.layers),
         "default_strength": common.strength,
@@ -109,9 +127,10 @@ def _run(method: str, data: str, file: Path, common: _Common, options: dict[str,
             {
                 "method": method,
                 "name": common.name,
-                data: _read_rows(file, f"--{data}"),
+                **{name: read_rows(file, f"--{name}") for name, file in given.items()},
+                **({} if tune is None else {"tune": tune}),
                 "options": {key: value for key, value in options.items() if value is not None},
-                "data": {"name": file.name, "license": common.data_license},
+                "data": {"name": next(iter(given.values())).name, "license": common.data_license},
                 "description": common.description,
                 "license": common.license,
             }
@@ -129,40 +148,24 @@ def _run(method: str, data: str, file: Path, common: _Common, options: dict[str,
         fail(f"{common.url}: {error}; start a server there, or correct --url", 1)
     except (ApiError, StoreError, ModelError) as error:
         fail(str(error), 1)
-    typer.echo(json.dumps(artifact) if common.as_json else f"published {artifact['artifact']}")
+    told = [f"published {artifact['artifact']}"]
+    if (found := artifact.pop("tuning", None)) is not None:
+        told += _told(found)
+        told += [f"wrote {path}" for path in tuning.write_curve(tuned, common.name, found)]
+    typer.echo(json.dumps(artifact) if common.as_json else "\n".join(told))
+
+
+def _told(found: Tuning) -> list[str]:
+    """What tuning chose, and what it is worth."""
+    best, baseline = found.best, found.baseline
+    chosen = f"chose strength {best.strength:g} at layers {best.layers} {best.options or ''}".rstrip()
+    worth = f"{found.objective} {best.effect:.4g}, without steering {baseline.effect:.4g}"
+    return [f"{chosen}: {worth}"] + (["no point is better than no steering"] if best.effect <= baseline.effect else [])
 
 
 def fail(message: str, code: int) -> Any:
     typer.echo(f"polyhelm: {message}", err=True)
     raise typer.Exit(code)
-
-
-def layers_named(text: str) -> list[int]:
-    """`10-12,20` is [10, 11, 12, 20]."""
-    layers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            layers += range(int(first), int(last or first) + 1)
-    except ValueError:
-        layers = []
-    if not layers:
-        raise typer.BadParameter(f"{text!r} names no layers: write them as 10-19 or 12,13", param_hint="--layers")
-    return layers
-
-
-def _read_rows(file: Path, option: str) -> list[Any]:
-    rows = []
-    try:
-        lines = file.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"{file} is not UTF-8: {error.reason}", param_hint=option) from None
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise typer.BadParameter(f"{file}, line {number}, is not JSON: {error}", param_hint=option) from None
-    return rows
 
 
 def _remote(url: str, spec: MethodSpec, reporter: Reporter) -> dict[str, Any]:
@@ -181,9 +184,17 @@ def _remote(url: str, spec: MethodSpec, reporter: Reporter) -> dict[str, Any]:
                     show(0, total)
                 show(done, total)
                 shown = done
-    if job["status"] != "succeeded":
-        raise ApiError(500, f"fit {job['id']} {job['status']}: {job['error']}")
-    return job
+        if job["status"] != "succeeded":
+            raise ApiError(500, f"fit {job['id']} {job['status']}: {job['error']}")
+        return job | _tuning_of(client, job["artifact"]) if spec.tune is not None else job
+
+
+def _tuning_of(client: httpx.Client, artifact: str) -> dict[str, Any]:
+    from steering_store.tuning import Tuning
+
+    name, _, version = artifact.partition("@")
+    body = client.get(f"/v1/artifacts/{name}/versions/{version}").raise_for_status().json()
+    return {"tuning": Tuning.model_validate(body["manifest"]["tuning"])}
 
 
 def _checked(response: httpx.Response) -> dict[str, Any]:
@@ -204,6 +215,7 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
 async def _local(spec: MethodSpec, model: str, data_dir: Path, reporter: Reporter) -> dict[str, Any]:
     from datetime import UTC, datetime
 
+    from server import experts
     from server.app import open_store
     from server.engine import frontend
     from server.fits import run_fit
@@ -211,6 +223,8 @@ async def _local(spec: MethodSpec, model: str, data_dir: Path, reporter: Reporte
     from server.settings import Settings
 
     settings = Settings(model=model, data_dir=data_dir, port=0)
+    # The same command finds there what it had done before it was interrupted.
+    digest = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     resolved = resolve_model(model, data_dir, reporter.step)
     store = open_store(settings)
     args = frontend.parse_args(resolved, settings, [])
@@ -218,9 +232,18 @@ async def _local(spec: MethodSpec, model: str, data_dir: Path, reporter: Reporte
     try:
         async with frontend.open_engine(args, settings) as engine:
             publication = await run_fit(
-                spec, engine, store, model_identity(resolved.path), datetime.now(UTC), reporter.progress(spec.name)
+                spec,
+                engine,
+                store,
+                model_identity(resolved.path),
+                datetime.now(UTC),
+                reporter.progress(spec.name),
+                work=data_dir / "fits" / f"{digest[:16]}.local",
+                expert=lambda name: experts.found(name, data_dir),
             )
     except frontend.EngineStartError as error:
         fail(str(error), 1)
     version = publication.version
-    return {"artifact": version.ref, "digest": version.digest, "metrics": version.manifest.metrics}
+    found = {"artifact": version.ref, "digest": version.digest, "metrics": version.manifest.metrics}
+    tuning_of = version.manifest.tuning
+    return found if tuning_of is None else found | {"tuning": tuning_of}

@@ -26,6 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from server.engine.bank_directory import BankFull
 from server.engine.capture import CaptureSpec
 from server.engine.edits import Program
+from server.engine.scoring import as_prompt, check_touched
 from server.engine.seams import CAPTURE, PROGRAM, RECEIPT, program_of
 from server.engine.seams.core import MISSING
 from server.engine.spans import clip
@@ -265,6 +266,45 @@ class Engine:
         prompt = tokens_input(list(token_ids), cache_salt=cache_salt)
         outputs = [each async for each in self.client.generate(prompt, params, f"polyhelm-{uuid.uuid4().hex}")]
         return outputs[-1]
+
+    async def log_probs(
+        self,
+        token_ids: Sequence[int],
+        start: int,
+        program: Program | None = None,
+        prompt_length: int | None = None,
+    ) -> list[float]:
+        """Of the tokens from `start` on, given those before, in nats.
+
+        A program, whose operands must have been ensured, acts as if the tokens behind the first `prompt_length` were
+        generated. RuntimeError where the op didn't act at every token that it should.
+        """
+        if program is not None:
+            program = as_prompt(program, prompt_length or len(token_ids), len(token_ids))
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        table = (await self._counted(token_ids, params, program)).prompt_logprobs
+        assert table is not None
+        rows = zip(token_ids[start:], table[start:], strict=True)
+        return [float(row[token].logprob) for token, row in rows if row is not None]
+
+    async def continuation(
+        self, token_ids: Sequence[int], max_tokens: int, program: Program | None = None
+    ) -> list[int]:
+        """The at most so many tokens that follow greedily. Operands and RuntimeError as above."""
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, detokenize=False)
+        return list((await self._counted(token_ids, params, program)).outputs[0].token_ids)
+
+    async def _counted(
+        self, token_ids: Sequence[int], params: SamplingParams, program: Program | None
+    ) -> RequestOutput:
+        if program is None:
+            return await self.generate(token_ids, params)
+        receipt = uuid.uuid4().hex
+        salt = salted(None, program) if self.prefix_cache == "cache_salt" else None
+        output = await self.generate(token_ids, params, program, receipt, salt)
+        counts = await self.receipt(receipt)
+        check_touched(program, counts.touched, counts.cached, len(token_ids), len(output.outputs[0].token_ids))
+        return output
 
     async def run_capture(
         self,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +15,10 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, field_validator
 
 from server.engine.edits import Point
+from server.tuning.task import Tune
+from steering_store import Store
 from steering_store.manifest import Activation, Kind, Language, Role
+from steering_store.tuning import Tuning
 
 Array = npt.NDArray[np.float32]
 Tensor = npt.NDArray[Any]
@@ -76,25 +80,35 @@ class DataText(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to capture of every text, at all layers of the points: the activation at its `last` token, the `mean` over
-    its tokens but the first (an attention sink whose norm is far from all others), or the `rows` of all its tokens.
+    """What to capture of every text, at the layers (None: all) of the points: the activation at its `last` token, the
+    `mean` over its tokens but the first (an attention sink whose norm is far from all others), or the `rows` of all its
+    tokens.
     """
 
     points: tuple[Point, ...]
     keep: Keep
+    layers: tuple[int, ...] | None = None
+
+
+class Capture(NamedTuple):
+    """Texts to run, and what to capture of each."""
+
+    texts: tuple[DataText, ...]
+    wanted: Wanted
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What was captured, by point; texts are in the order of `MethodSpec.texts`.
+    """What was captured, by point; texts are in the order of the `Capture`, layers those that it wanted.
 
     `pooled`: float32 [texts, layers, width], for `last` and `mean`. `rows`: one array [layers, tokens, width] a text.
-    `norms`: the activations' mean L2 norm [layers].
+    `norms`: the activations' mean L2 norm [layers]. `token_ids`: those of each text.
     """
 
     pooled: Mapping[Point, Array]
     rows: Mapping[Point, Sequence[Array]]
     norms: Mapping[Point, Array]
+    token_ids: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,7 @@ class Fitted:
     """The artifact in the making: its tensors by layer and role (None for a vector or for indices), all at one point.
 
     `config` is everything that decided the fit, as JSON can hold it; `parents` are digests of artifacts read for it.
+    `labels` are JSON lines about an SAE's features, `default_features` what a request without features does to them.
     """
 
     kind: Kind
@@ -117,6 +132,32 @@ class Fitted:
     seed: int | None = None
     parents: Sequence[str] = ()
     annotations: Mapping[str, str] = field(default_factory=dict)
+    labels: bytes | None = None
+    default_features: Sequence[Mapping[str, Any]] | None = None
+    tuning: Tuning | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a fit may use beside activations.
+
+    `progress` is for fits that take minutes; an exception of it ends the fit. `work` is a folder of the fit's own: what
+    it keeps there, it finds when it runs again after an interruption. `decode` makes text of token ids. `expert` finds
+    the folder or hub id of another model that this server may load, and raises FitError for one that it may not.
+    `weights` is the digest of the served model's weights, None where it is unknown.
+    """
+
+    model: ModelShape
+    progress: Progress
+    store: Store
+    work: Path
+    decode: Callable[[Sequence[int]], str]
+    expert: Callable[[str], str]
+    weights: str | None
+
+
+Steps = Generator[Capture, Activations, Fitted]
+"""Yields what it wants captured, is sent that, and returns what it fitted."""
 
 
 class MethodSpec(Part, ABC):
@@ -132,6 +173,8 @@ class MethodSpec(Part, ABC):
     description: str = ""
     license: str | None = None
     languages: list[Language] = []
+    tune: Tune | None = None
+    """Choose strength, layers and options by a task."""
 
     @property
     def items(self) -> Sequence[BaseModel]:
@@ -143,6 +186,21 @@ class MethodSpec(Part, ABC):
         """SHA-256 (hex) of the data in canonical form: the values of each item, in the order of its fields."""
         rows = [list(item.model_dump().values()) for item in self.items]
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+
+    @abstractmethod
+    def captures(self) -> list[Capture]:
+        """Everything that the fit may want captured, so that it can be checked before."""
+
+    @abstractmethod
+    def steps(self, context: Context) -> Steps:
+        """Fit. FitError, or a ValueError of the method's own, where that can't be done.
+
+        Runs in a thread, away from the event loop. Run again with the same captures, it fits the same.
+        """
+
+
+class OnePassSpec(MethodSpec):
+    """The base of methods that are fitted from one capture of all texts."""
 
     @abstractmethod
     def texts(self) -> list[DataText]:
@@ -158,3 +216,10 @@ class MethodSpec(Part, ABC):
 
         Runs in a thread, away from the event loop. `progress` is for fits that take minutes.
         """
+
+    def captures(self) -> list[Capture]:
+        return [Capture(tuple(self.texts()), self.wanted())]
+
+    def steps(self, context: Context) -> Steps:
+        activations = yield self.captures()[0]
+        return self.fit(activations, context.model, context.progress)

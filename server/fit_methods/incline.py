@@ -14,8 +14,8 @@ from server.fit_methods.base import (
     DataText,
     FitError,
     Fitted,
-    MethodSpec,
     ModelShape,
+    OnePassSpec,
     Options,
     Part,
     Progress,
@@ -51,7 +51,7 @@ class InclineOptions(Options):
         return self
 
 
-class InclineSpec(MethodSpec):
+class InclineSpec(OnePassSpec):
     method: Literal["incline"] = "incline"
     pairs: Annotated[list[Translation], Field(min_length=3)]
     options: InclineOptions

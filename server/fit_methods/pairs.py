@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from methods import caa
-from server.fit_methods.base import DataText, MethodSpec, Options, Part, Text, Wanted
+from server.fit_methods.base import DataText, OnePassSpec, Options, Part, Text, Wanted
 
 
 class Pair(Part):
@@ -21,7 +21,7 @@ class PairOptions(Options):
     pooling: caa.Pooling = "last"
 
 
-class PairsSpec(MethodSpec):
+class PairsSpec(OnePassSpec):
     """The base of methods that read the residual stream of both texts of each pair."""
 
     pairs: Annotated[list[Pair], Field(min_length=2)]

@@ -10,11 +10,25 @@ from pydantic_core import ErrorDetails
 from server.fit_methods.base import MethodSpec
 from server.fit_methods.caa import CaaSpec
 from server.fit_methods.direction import DirectionSpec
+from server.fit_methods.expertsteer import ExpertSteerSpec
 from server.fit_methods.incline import InclineSpec
+from server.fit_methods.lf_steering import LfSteeringSpec
 from server.fit_methods.sadi import SadiSpec
+from server.fit_methods.sae import SaeSpec
+from server.fit_methods.sae_examples import SaeExamplesSpec
 from server.fit_methods.shared_neurons import SharedNeuronsSpec
 
-Specs = CaaSpec | DirectionSpec | InclineSpec | SadiSpec | SharedNeuronsSpec
+Specs = (
+    CaaSpec
+    | DirectionSpec
+    | ExpertSteerSpec
+    | InclineSpec
+    | LfSteeringSpec
+    | SadiSpec
+    | SaeSpec
+    | SaeExamplesSpec
+    | SharedNeuronsSpec
+)
 FitSpec = Annotated[Specs, Field(discriminator="method")]
 """Told apart by `method`."""
 

@@ -13,8 +13,8 @@ from server.fit_methods.base import (
     DataText,
     FitError,
     Fitted,
-    MethodSpec,
     ModelShape,
+    OnePassSpec,
     Options,
     Part,
     Progress,
@@ -39,7 +39,7 @@ class SadiOptions(Options):
     default_strength: Annotated[float, Field(allow_inf_nan=False)] = 4.0
 
 
-class SadiSpec(MethodSpec):
+class SadiSpec(OnePassSpec):
     method: Literal["sadi"] = "sadi"
     pairs: Annotated[list[AnsweredPair], Field(min_length=2)]
     options: SadiOptions = SadiOptions()

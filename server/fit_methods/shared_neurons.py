@@ -13,8 +13,8 @@ from server.fit_methods.base import (
     DataText,
     FitError,
     Fitted,
-    MethodSpec,
     ModelShape,
+    OnePassSpec,
     Options,
     Part,
     Progress,
@@ -61,7 +61,7 @@ class SharedNeuronsOptions(Options):
         return 1.0 if self.form == "clas" else -1.0
 
 
-class SharedNeuronsSpec(MethodSpec):
+class SharedNeuronsSpec(OnePassSpec):
     data_field = "inputs"
     method: Literal["shared_neurons"] = "shared_neurons"
     inputs: Annotated[list[Parallel], Field(min_length=1)]

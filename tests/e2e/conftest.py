@@ -222,7 +222,7 @@ def server(start_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     """The server of this session, with the random artifacts `one` and `two` in it."""
     data_dir = tmp_path_factory.mktemp("served") / "data"
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    with start_server(data_dir, *tools) as server:
+    with start_server(data_dir, *tools, POLYHELM_EXPERT_MODELS="smollm2") as server:
         server.publish("one", seed=1)
         server.publish("two", seed=2)
         yield server

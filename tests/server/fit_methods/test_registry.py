@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from server.api import errors, fits
-from server.fit_methods.base import Activations, MethodSpec, Wanted
+from server.fit_methods.base import Activations, OnePassSpec, Wanted
 from server.fit_methods.registry import METHODS, Specs, parse_spec, untagged
 
 ANSWERED = [{"prompt": "Is it?", "positive": "yes", "negative": "no"}] * 2
@@ -98,7 +98,7 @@ def test_over_http_it_is_422_with_that_field(wrong: dict[str, Any], field: str) 
 
 
 def test_a_method_that_says_nothing_of_its_data_cannot_be_made() -> None:
-    class Half(MethodSpec):
+    class Half(OnePassSpec):
         def texts(self) -> Any:
             return []
 
