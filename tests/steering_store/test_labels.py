@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
-from steering_store import Store
-from steering_store.errors import CorruptArtifact, InvalidManifest
+from steering_store import ArtifactVersion, Store
+from steering_store.errors import ArtifactNotFound, CorruptArtifact, InvalidManifest
+from steering_store.labels import Example, Label, write_features
 
 Content = dict[str, Any]
 FEATURES, WIDTH = 5, 8
@@ -57,7 +58,7 @@ def test_artifact_without_labels_has_none(store: Store, sae: Content) -> None:
         (b'{"index": "1", "label": "x"}', "line 1: index"),
         (b'[1, "x"]', "line 1"),
         (b"\xff\xfe", "line 1"),
-        (b'{"index": 1, "label": "' + b"x" * 20_000 + b'"}', "line 1: it is longer than"),
+        (b'{"index": 1, "label": "' + b"x" * 70_000 + b'"}', "line 1: it is longer than"),
     ],
 )
 def test_refusal_names_the_line(store: Store, sae: Content, lines: bytes, reason: str) -> None:
@@ -97,3 +98,70 @@ def test_damaged_labels_are_never_served(store: Store, sae: Content) -> None:
     path.write_bytes(LABELS.replace(b"questions", b"guestions"))
     with pytest.raises(CorruptArtifact, match="labels.jsonl"):
         store.feature_labels(version)
+
+
+SHOWN = [
+    Label(index=0, label="Questions in French"),
+    Label(index=2, label="questions", examples=[Example(text="Is it? Yes", token="?", activation=3.5)]),
+    Label(index=3, examples=[Example(text="one 2", token=" 2", activation=1.0)]),
+    Label(index=4, label="French towns"),
+]
+
+
+def shown(store: Store, sae: Content) -> ArtifactVersion:
+    return store.publish("sae", sae, files(write_features(list(reversed(SHOWN))))).version
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("", [0, 2, 3, 4]),
+        ("question", [0, 2]),
+        ("FRENCH questions", [0]),
+        ("french", [0, 4]),
+        ("nothing", []),
+        (" ", [0, 2, 3, 4]),
+    ],
+)
+def test_features_are_found_by_all_words_of_their_label(
+    store: Store, sae: Content, query: str, found: list[int]
+) -> None:
+    page = store.find_features(shown(store, sae), query)
+    assert ([each.index for each in page.items], page.has_more) == (found, False)
+
+
+def test_features_come_in_pages_by_index_with_their_examples(store: Store, sae: Content) -> None:
+    version = shown(store, sae)
+    first = store.find_features(version, limit=2)
+    assert (first.items, first.has_more) == (SHOWN[:2], True)
+    rest = store.find_features(version, after=first.items[-1].index, limit=2)
+    assert (rest.items, rest.has_more) == (SHOWN[2:], False)
+    assert store.feature_labels(version) == {0: "Questions in French", 2: "questions", 4: "French towns"}
+
+
+def test_features_of_an_artifact_without_labels_cannot_be_found(store: Store, sae: Content) -> None:
+    del sae["labels"]
+    version = store.publish("sae", sae, {"s.safetensors": files(b"")["s.safetensors"]}).version
+    with pytest.raises(ArtifactNotFound, match="has no labels"):
+        store.find_features(version, "x")
+
+
+def test_labels_of_an_sae_whose_first_site_is_its_decoders_bias_are_counted_by_its_features(
+    store: Store, sae: Content
+) -> None:
+    bias = sae["sites"][0] | {"role": "decoder_bias", "tensor": "decoder_bias", "shape": [WIDTH]}
+    sae["sites"] = [bias, *sae["sites"]]
+    content = files(b'{"index": 5, "label": "x"}')
+    tensors = load(content["s.safetensors"]) | {"decoder_bias": np.zeros(WIDTH, np.float32)}
+    with pytest.raises(InvalidManifest, match="not below 5"):
+        store.publish("sae", sae, content | {"s.safetensors": save(tensors)})
+
+
+@pytest.mark.parametrize(
+    ("features", "param"),
+    [([{"index": 5, "op": "ablate"}], "default_features.0.index"), ([], "default_features")],
+)
+def test_default_features_must_be_the_saes(store: Store, sae: Content, features: list[Content], param: str) -> None:
+    with pytest.raises(InvalidManifest) as refused:
+        store.publish("sae", sae | {"default_features": features}, files(LABELS))
+    assert refused.value.param == param
