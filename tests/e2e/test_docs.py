@@ -1,0 +1,125 @@
+"""The commands of the README and of docs/ are run, as they stand, against the session's server.
+
+A block of shell commands that can't be run here has `<!-- not run: why -->` before it. Blocks of Python that speak to the
+server are run, too. In a block, the address http://127.0.0.1:8000 becomes that of the server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+from safetensors.numpy import save
+
+if TYPE_CHECKING:
+    from tests.e2e.conftest import Server
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ADDRESS = "http://127.0.0.1:8000"
+SHELL = {"bash", "sh", "shell", "console"}
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?^```(?P<language>\w+)\n(?P<code>.*?)^```", re.S | re.M)
+LANGUAGES = {"en": "The day is {}", "de": "Der Tag ist {}", "fr": "Le jour est {}"}
+WORDS = ("cold", "warm", "long", "short", "good", "bad", "new", "old", "dark", "bright", "dry", "wet")
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    code: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for match in BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start("code"))
+            yield Block(
+                str(page.relative_to(ROOT)), line, match["language"], match["code"], match["reason"]
+            )
+
+
+def is_run(block: Block) -> bool:
+    shell = block.language in SHELL
+    return block.reason is None and (shell or (block.language == "python" and ADDRESS in block.code))
+
+
+RUN = [block for block in blocks() if is_run(block)]
+
+
+def jsonl(*rows: dict[str, Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture(scope="module")
+def inputs(server: Server, pairs: list[dict[str, str]]) -> dict[str, bytes]:
+    """The files that the commands read, by name."""
+    questions = [{"prompt": f"Is it {word}?", "positive": "no", "negative": "yes"} for word in WORDS]
+    translated = [{"source": f"Il fait {word}", "target": f"It is {word}"} for word in WORDS]
+    parallel = [{"texts": {code: text.format(word) for code, text in LANGUAGES.items()}} for word in WORDS]
+    return {
+        "pairs.jsonl": jsonl(*pairs),
+        "refusals.jsonl": jsonl(*pairs),
+        "questions.jsonl": jsonl(*questions),
+        "swahili.jsonl": jsonl(*translated),
+        "parallel.jsonl": jsonl(*parallel),
+        "manifest.json": json.dumps(server.manifest()).encode(),
+        "vectors.safetensors": save(server.vectors(1)),
+    }
+
+
+@pytest.fixture(scope="module")
+def documented(server: Server) -> Server:
+    """The server with artifacts by the names that the pages use."""
+    for seed, name in enumerate(("sentiment", "french"), 11):
+        server.publish(name, seed=seed)
+    return server
+
+
+@pytest.fixture
+def folder(inputs: dict[str, bytes], models: Path, tmp_path: Path) -> Path:
+    for name, content in inputs.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "polyhelm-data").mkdir()
+    (tmp_path / "polyhelm-data" / "models").symlink_to(models)
+    return tmp_path
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_commands_of_the_documentation_work(block: Block, documented: Server, folder: Path) -> None:
+    code = block.code.replace(ADDRESS, documented.base_url)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("POLYHELM_")}
+    environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment["PATH"]))
+    environment["PYTHONPATH"] = str(ROOT)
+    if block.language == "python":
+        command = [sys.executable, "-c", code]
+    else:
+        # curl says with its exit code that it got an error.
+        (folder / ".curlrc").write_text("fail-with-body\n")
+        environment["CURL_HOME"] = str(folder)
+        command = ["bash", "-euo", "pipefail", "-c", code]
+        if "curl" in code and shutil.which("curl") is None:
+            pytest.skip("curl is missing: install it (Debian: apt-get install curl)")
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+
+
+def test_every_page_is_looked_through() -> None:
+    """At least the README's first request is found: a changed form of the fences must not empty the test above."""
+    assert any(block.page == "README.md" and "curl" in block.code for block in RUN)
+    fences = sum(page.read_text("utf-8").count("```bash\n") for page in PAGES)
+    assert fences == sum(block.language == "bash" for block in blocks())
