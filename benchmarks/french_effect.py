@@ -79,6 +79,7 @@ to be steered to; the demo is fitted anew on whatever model is served.
 {examples_table(results["examples"])}
 ## Run it again
 
+<!-- not run: it measures for an hour -->
 ```bash
 make serve                                                         # in one terminal
 make bench-setup && .venv/bin/python benchmarks/french_effect.py   # in another

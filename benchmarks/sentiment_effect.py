@@ -155,6 +155,7 @@ broken text score near 0, for they hold few words that VADER knows.
 {examples_table(results["examples"])}
 ## Run it again
 
+<!-- not run: it measures for an hour -->
 ```bash
 make serve                                                            # in one terminal
 make bench-setup && .venv/bin/python benchmarks/sentiment_effect.py   # in another

@@ -1,9 +1,9 @@
-"""Builds the cpu image with buildah from a fresh Debian root, and runs it as a container does, without a container runtime.
+"""Builds the cpu image with buildah from a fresh Debian root, and runs it as a container runtime does, but without one.
 
 For Linux machines where no image can be pulled and no daemon runs. Needs root, and Debian's debootstrap, buildah and
-util-linux. What is checked: the shipped Dockerfile builds; the service runs as its user without capabilities on a read-only
-root, and as a user without a name; the probe of HEALTHCHECK fails before it serves and passes then; it answers; SIGTERM lets
-a running answer end, and ends it with 0. Writes about 12 GiB into --work, and removes them.
+util-linux. What is checked: the shipped Dockerfile builds; the service runs as its user without capabilities on a
+read-only root, and as a user without a name; HEALTHCHECK fails before it serves and passes then; it answers; SIGTERM
+lets a running answer end, and ends it with 0. Writes about 12 GiB into --work, and removes them.
 
     python3 docker/check_image.py --torch-index ADDRESS
     python3 docker/check_image.py --pip-conf pip.conf --mount /wheels:/wheels   # packages from a folder of this machine
@@ -72,7 +72,9 @@ def check(work: Path, arguments: argparse.Namespace) -> None:
     container = buildah(work, "from", "--pull-never", IMAGE)
     root = Path(buildah(work, "mount", container))
     config = json.loads(buildah(work, "inspect", "--type", "image", IMAGE))["OCIv1"]["config"]
-    config["Healthcheck"] = json.loads(buildah(work, "inspect", "--type", "image", IMAGE))["Docker"]["config"]["Healthcheck"]
+    config["Healthcheck"] = json.loads(buildah(work, "inspect", "--type", "image", IMAGE))["Docker"]["config"][
+        "Healthcheck"
+    ]
     say("image", f"{sum(f.lstat().st_blocks * 512 for f in root.rglob('*')) / 2**30:.2f} GiB", config["User"] == USER)
     check_files(root)
     # In the order of a container's life: a first start on empty volumes, and a second one by a user without a name.
@@ -158,7 +160,10 @@ class Inside:
             time.sleep(0.05)
         self.pid = int(found[0])
         # Until the mounts are there and the process is in the new root.
-        while os.readlink(f"/proc/{self.pid}/root") == "/" or b"tini" not in Path(f"/proc/{self.pid}/cmdline").read_bytes():
+        while (
+            os.readlink(f"/proc/{self.pid}/root") == "/"
+            or b"tini" not in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        ):
             time.sleep(0.05)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:

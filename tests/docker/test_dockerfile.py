@@ -61,7 +61,9 @@ def test_everything_that_is_written_is_in_a_volume(target: str) -> None:
     volumes = [PurePosixPath(path) for path in re.findall(r'"([^"]+)"', last(target, "VOLUME"))]
     folders = {name: value for name, value in variables.items() if name.endswith(("HOME", "_DIR", "_ROOT"))}
     assert {"HOME", "HF_HOME", "POLYHELM_DATA_DIR", "NUMBA_CACHE_DIR", "VLLM_CACHE_ROOT"} <= folders.keys()
-    outside = {name for name, value in folders.items() if not any(PurePosixPath(value).is_relative_to(v) for v in volumes)}
+    outside = {
+        name for name, value in folders.items() if not any(PurePosixPath(value).is_relative_to(v) for v in volumes)
+    }
     assert outside == set()
 
 

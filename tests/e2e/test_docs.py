@@ -1,7 +1,7 @@
 """The commands of the README and of docs/ are run, as they stand, against the session's server.
 
-A block of shell commands that can't be run here has `<!-- not run: why -->` before it. Blocks of Python that speak to the
-server are run, too. In a block, the address http://127.0.0.1:8000 becomes that of the server.
+A block of shell commands that can't be run here has `<!-- not run: why -->` before it. Blocks of Python that speak to
+the server are run, too. In a block, the address http://127.0.0.1:8000 becomes that of the server.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from safetensors.numpy import save
+
+from steering_store import Store
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Server
@@ -47,9 +49,7 @@ def blocks() -> Iterator[Block]:
         text = page.read_text("utf-8")
         for match in BLOCK.finditer(text):
             line = text.count("\n", 0, match.start("code"))
-            yield Block(
-                str(page.relative_to(ROOT)), line, match["language"], match["code"], match["reason"]
-            )
+            yield Block(str(page.relative_to(ROOT)), line, match["language"], match["code"], match["reason"])
 
 
 def is_run(block: Block) -> bool:
@@ -91,35 +91,43 @@ def documented(server: Server) -> Server:
 
 @pytest.fixture
 def folder(inputs: dict[str, bytes], models: Path, tmp_path: Path) -> Path:
+    """Where the commands of a page are run, one after the other: with the files, and a data directory with `mine@1`."""
     for name, content in inputs.items():
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "polyhelm-data").mkdir()
-    (tmp_path / "polyhelm-data" / "models").symlink_to(models)
+    # curl says with its exit code that it got an error.
+    (tmp_path / ".curlrc").write_text("fail-with-body\n")
+    data_dir = tmp_path / "polyhelm-data"
+    data_dir.mkdir()
+    (data_dir / "models").symlink_to(models)
+    store = Store(data_dir / "artifacts")
+    store.publish("mine", inputs["manifest.json"], {"vectors.safetensors": inputs["vectors.safetensors"]})
     return tmp_path
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("block", RUN, ids=str)
-def test_commands_of_the_documentation_work(block: Block, documented: Server, folder: Path) -> None:
-    code = block.code.replace(ADDRESS, documented.base_url)
+@pytest.mark.parametrize("page", sorted({block.page for block in RUN}))
+def test_commands_of_the_documentation_work(page: str, documented: Server, folder: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is missing: install it (Debian: apt-get install curl)")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("POLYHELM_")}
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment["PATH"]))
-    environment["PYTHONPATH"] = str(ROOT)
-    if block.language == "python":
-        command = [sys.executable, "-c", code]
-    else:
-        # curl says with its exit code that it got an error.
-        (folder / ".curlrc").write_text("fail-with-body\n")
-        environment["CURL_HOME"] = str(folder)
-        command = ["bash", "-euo", "pipefail", "-c", code]
-        if "curl" in code and shutil.which("curl") is None:
-            pytest.skip("curl is missing: install it (Debian: apt-get install curl)")
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    environment |= {"PYTHONPATH": str(ROOT), "CURL_HOME": str(folder)}
+    for block in (each for each in RUN if each.page == page):
+        code = block.code.replace(ADDRESS, documented.base_url)
+        interpreter = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+        done = subprocess.run(
+            [*interpreter, code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{block}\n{code}\n{done.stdout}\n{done.stderr}"
 
 
-def test_every_page_is_looked_through() -> None:
-    """At least the README's first request is found: a changed form of the fences must not empty the test above."""
+def test_every_block_of_commands_is_found() -> None:
+    # A changed form of the fences must not empty the test above.
     assert any(block.page == "README.md" and "curl" in block.code for block in RUN)
-    fences = sum(page.read_text("utf-8").count("```bash\n") for page in PAGES)
-    assert fences == sum(block.language == "bash" for block in blocks())
+    fences = sum(len(re.findall(r"^```(?:bash|sh|shell|console)$", page.read_text("utf-8"), re.M)) for page in PAGES)
+    assert fences == sum(block.language in SHELL for block in blocks())
+
+
+def test_what_is_not_run_says_why() -> None:
+    reasons = [block.reason for block in blocks() if block.language in SHELL and not is_run(block)]
+    assert all(reason and len(reason.split()) > 2 for reason in reasons)
