@@ -42,7 +42,7 @@ def pack(index: VectorIndex) -> Packed:
     state = index.state()
     parts = [state[name].copy() for name in ("numbers", "seqs", "live")]
     parts.append(faiss.serialize_index(index.inner))
-    return Packed({"last_seq": index.last_seq, "count": index.count}, parts)
+    return Packed({"last_seq": index.last_seq, "count": index.count, "facts": index.facts}, parts)
 
 
 def write(path: Path, packed: Packed, made_from: dict[str, Any]) -> int:

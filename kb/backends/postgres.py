@@ -246,7 +246,8 @@ class PostgresWriter:
 
     def matching(self, where: Filter, limit: int) -> list[Fact]:
         condition, values = _conditions(where)
-        sql = f"SELECT {_SELECTED} FROM kb_facts WHERE collection = %s AND NOT deleted{condition} ORDER BY number LIMIT %s"
+        there = f"collection = %s AND NOT deleted{condition}"
+        sql = f"SELECT {_SELECTED} FROM kb_facts WHERE {there} ORDER BY number LIMIT %s"
         return [_fact_of(row) for row in self._db.execute(sql, (self._number, *values, limit)).fetchall()]
 
     def vectors(self, ids: Some[str]) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ import os
 import typer
 
 from server import __version__
-from server.cli import artifact, doctor, fit, serve
+from server.cli import artifact, doctor, fit, kb, serve
 
 # Standard output is for results. Read by vLLM when it is imported, in this process and in the engine's.
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -17,6 +17,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 app = typer.Typer(name="polyhelm", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(artifact.app, name="artifact")
 app.add_typer(fit.app, name="fit")
+app.add_typer(kb.app, name="kb")
 app.command(**serve.CONTEXT)(serve.serve)
 app.command()(doctor.doctor)
 

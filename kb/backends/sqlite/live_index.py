@@ -73,7 +73,7 @@ class LiveIndex:
         with errors_named(self._path):
             size = snapshots.write(self._path, packed, made_from)
         self._snapshot_seq = packed.header["last_seq"]
-        return {"last_seq": self._snapshot_seq, "facts": packed.header["count"], "bytes": size}
+        return {"last_seq": self._snapshot_seq, "facts": packed.header["facts"], "bytes": size}
 
     def rebuild(self) -> dict[str, Any]:
         """Make the index anew while the old one is searched, then change over."""

@@ -7,7 +7,9 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.api import capabilities
+from server.encoding import BatchedEncoder
 from server.settings import Settings
+from tests.kb.ngrams import Ngrams
 
 
 def told() -> dict[str, Any]:
@@ -32,6 +34,7 @@ def told() -> dict[str, Any]:
         engine=engine,
         settings=Settings(max_relative_dose=1.5),
         model_name="tiny",
+        encoder=BatchedEncoder(Ngrams()),
         steerer=SimpleNamespace(model=SimpleNamespace(identity={"architecture": "X"})),
     )
     answer: dict[str, Any] = TestClient(app).get("/v1/capabilities").json()
@@ -49,6 +52,7 @@ def test_kinds_have_their_ops_and_limits_their_numbers() -> None:
     answer = told()
     assert answer["artifact_kinds"]["steering_vector"] == ["add", "add_norm", "ablate", "clamp", "set"]
     assert answer["artifact_kinds"]["sae"] == ["add", "scale", "clamp", "ablate"]
+    assert answer["encoders"] == [{"name": "ngrams", "dimension": 64, "digest": "sha256:ngrams-64"}]
     assert answer["captures"] == "start with --enforce-eager"
     limits = answer["limits"]
     assert (limits["max_edits"], limits["bank_bytes"], limits["max_relative_dose"]) == (16, 4096, 1.5)
