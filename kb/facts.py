@@ -74,7 +74,7 @@ class FactDraft(BaseModel):
     valid_from: Moment | None = None
     valid_to: Moment | None = None
     metadata: Metadata = Field(default_factory=dict)
-    embedding: list[float] | None = Field(None, repr=False)
+    embedding: list[float] | None = Field(default=None, repr=False)
 
     @field_validator("language")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -23,7 +24,7 @@ class Filter(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ids: list[FactId] | None = Field(None, min_length=1, max_length=10_000)
+    ids: list[FactId] | None = Field(default=None, min_length=1, max_length=10_000)
     language: Words | None = None
     subject: Words | None = None
     relation: Words | None = None
@@ -45,8 +46,12 @@ class Filter(BaseModel):
             ("source", self.source),
         ]
 
+    @cached_property
+    def _wanted(self) -> list[tuple[str, set[str]]]:
+        return [(name, set(values)) for name, values in self.fields() if values is not None]
+
     def matches(self, fact: Fact) -> bool:
-        return all(values is None or getattr(fact, name) in values for name, values in self.fields()) and all(
+        return all(getattr(fact, name) in values for name, values in self._wanted) and all(
             key in fact.metadata and _same(fact.metadata[key], value) for key, value in self.metadata.items()
         )
 

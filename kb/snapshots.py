@@ -1,9 +1,10 @@
 """A vector index as a file: it appears whole or not at all, and says what it was made from.
 
-    magic | length of the header | header (JSON) | numbers, seqs: int64 | live: bool | FAISS's own bytes
+    magic | SHA-256 of the rest | length of the header | header (JSON)
+    numbers, seqs: int64 | live: bool | FAISS's own bytes
 
-The header has the collection's uid, the encoder's digest, the number of the last write that is in it, and the SHA-256
-of the rest. A file that is damaged, or of something else, is never used: the index is made anew from the facts.
+The header has the collection's uid, the encoder, and the number of the last write that is in the index. A file that is
+damaged, or of something else, is never used: the index is made anew from the facts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,15 +49,15 @@ def pack(index: VectorIndex) -> Packed:
 
 def write(path: Path, packed: Packed, made_from: dict[str, Any]) -> int:
     """Put the index into the file, durably; its size in bytes. `made_from` is what `read` must be told again."""
-    header = {**made_from, **packed.header, "sha256": _sha256(packed.parts)}
-    raw = json.dumps(header).encode()
+    raw = json.dumps({**made_from, **packed.header}).encode()
+    parts: list[Any] = [len(raw).to_bytes(8, "little"), raw, *(part.data.cast("B") for part in packed.parts)]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with aside.open("xb") as file:
-            file.write(MAGIC + len(raw).to_bytes(8, "little") + raw)
-            for part in packed.parts:
-                file.write(memoryview(part).cast("B"))
+            file.write(MAGIC + _sha256(parts))
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
@@ -78,8 +80,6 @@ def read(path: Path, made_from: dict[str, Any], options: IndexOptions) -> Vector
     if differing:
         raise BadSnapshot(f"it is of another {differing[0]}")
     count = header["count"]
-    if len(body) <= 17 * count or _sha256([body]) != header["sha256"]:
-        raise BadSnapshot("its bytes aren't those that were written")
     numbers, seqs = (body[start * count : (start + 8) * count].view(np.int64).copy() for start in (0, 8))
     live = body[16 * count : 17 * count].view(bool).copy()
     index = VectorIndex.restored(options, faiss.deserialize_index(body[17 * count :]), numbers, seqs, live)
@@ -97,21 +97,18 @@ def sweep(folder: Path, keep: set[str]) -> None:
 
 
 def _header(raw: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-    start = len(MAGIC) + 8
-    if raw[: len(MAGIC)].tobytes() != MAGIC or len(raw) < start:
+    """The header and what is behind it, of a file that is whole."""
+    start = len(MAGIC) + hashlib.sha256().digest_size
+    if raw[: len(MAGIC)].tobytes() != MAGIC:
         raise BadSnapshot("it isn't a snapshot of this release")
-    end = start + int.from_bytes(raw[len(MAGIC) : start].tobytes(), "little")
-    try:
-        header = json.loads(raw[start:end].tobytes())
-    except ValueError:
-        raise BadSnapshot("its header is damaged") from None
-    if not isinstance(header, dict) or not {"last_seq", "count", "sha256"} <= header.keys():
-        raise BadSnapshot("its header is damaged")
-    return header, raw[end:]
+    if _sha256([raw[start:].data]) != raw[len(MAGIC) : start].tobytes():
+        raise BadSnapshot("its bytes aren't those that were written")
+    end = start + 8 + int.from_bytes(raw[start : start + 8].tobytes(), "little")
+    return json.loads(raw[start + 8 : end].tobytes()), raw[end:]
 
 
-def _sha256(parts: list[np.ndarray]) -> str:
+def _sha256(parts: Sequence[bytes | memoryview]) -> bytes:
     hasher = hashlib.sha256()
     for part in parts:
-        hasher.update(memoryview(part).cast("B"))
-    return hasher.hexdigest()
+        hasher.update(part)
+    return hasher.digest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection as Some
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -30,7 +31,8 @@ class CollectionInfo(NamedTuple):
     created_at: datetime
 
 
-class Stats(NamedTuple):
+@dataclass(frozen=True)
+class Stats:
     """Of a collection: how many facts, the number of its last write, and what the backend tells of its index."""
 
     facts: int

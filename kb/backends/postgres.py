@@ -356,7 +356,8 @@ def _from_json(values: dict[str, Any]) -> Fact:
 
 def _conditions(where: Filter, at: datetime | None = None) -> tuple[str, list[Any]]:
     """SQL that begins with AND, and its parameters; with `at`, only facts that are valid then."""
-    parts, values = [], []
+    parts: list[str] = []
+    values: list[Any] = []
     for name, wanted in where.fields():
         if wanted is not None:
             parts.append(f"{name} = ANY (%s)")

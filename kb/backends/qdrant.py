@@ -240,7 +240,7 @@ class QdrantFacts:
 def _ensure(client: QdrantClient, collection: str, dimension: int | None) -> None:
     if not client.collection_exists(collection):
         # Vectors have length 1: the dot product is the cosine, and they are kept as they were sent.
-        vectors = models.VectorParams(size=dimension, distance=models.Distance.DOT) if dimension else {}
+        vectors: Any = models.VectorParams(size=dimension, distance=models.Distance.DOT) if dimension else {}
         client.create_collection(collection, vectors_config=vectors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Response
@@ -61,7 +62,7 @@ def delete_collection(kb: KbDep, collection: str) -> None:
 @router.get("/{collection}/stats", operation_id="get_kb_stats")
 def get_stats(kb: KbDep, collection: str) -> StatsObject:
     """Read how much there is, and how it is searched."""
-    return StatsObject(id=collection, backend=kb.backend, **kb.collection(collection).stats()._asdict())
+    return StatsObject(id=collection, backend=kb.backend, **asdict(kb.collection(collection).stats()))
 
 
 @router.post("/{collection}/snapshots", operation_id="create_kb_snapshot")

@@ -82,13 +82,13 @@ async def query_facts(kb: KbDep, encoder: EncoderDep, collection: str, query: Qu
 def delete_facts(kb: KbDep, collection: str, which: Deletion) -> DeletionResult:
     """Delete facts by id or by filter, all in one step. Their history stays."""
     done = kb.collection(collection).delete(which.ids, which.filter)
-    return DeletionResult(deleted=done.count, missing=done.missing)
+    return DeletionResult(deleted=done.facts, missing=done.missing)
 
 
 @changes.delete("/{id}", operation_id="delete_kb_fact", status_code=204)
 def delete_fact(kb: KbDep, collection: str, id: str) -> None:
     """Delete a fact; 404 where there is none."""
-    if not kb.collection(collection).delete([id]).count:
+    if not kb.collection(collection).delete([id]).facts:
         raise FactNotFound(f"collection {collection!r} has no fact {id!r}", "id")
 
 

@@ -51,7 +51,7 @@ def import_(
     """Write the facts of a file. Sent again, it changes nothing; what was written before an error is kept."""
     from kb.imports import Importer
 
-    with failures_named(), opened(data_dir, url, create=create) as base, _source(file) as (stream, size):
+    with failures_named(), _source(file) as (stream, size), opened(data_dir, url, create=create) as base:
         collection, encode = _target(base, name, encoder, create)
         importer = Importer(collection, encode, Settings().max_fact_bytes)
         try:

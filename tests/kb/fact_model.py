@@ -72,9 +72,9 @@ def perform(collection: Collection, operation: Operation) -> Any:
         outcomes = collection.upsert(drafts, encode=ENCODER.encode_documents)
         return [[outcome.status, outcome.version] for outcome in outcomes]
     if action == "delete":
-        return collection.delete(arguments[0]).count
+        return collection.delete(arguments[0]).facts
     if action == "delete_of":
-        return collection.delete(where=Filter(subject=arguments[0])).count
+        return collection.delete(where=Filter(subject=arguments[0])).facts
     return collection.snapshot()["facts"] if action == "snapshot" else collection.rebuild()["facts"]
 
 

@@ -175,7 +175,7 @@ def test_deleted_facts_are_never_found(collection: Collection, encoder: Ngrams) 
     assert found(collection, encoder, "capital of spain") == ["spain"]
     assert collection.delete(["spain", "atlantis", "spain"]) == (1, ["atlantis"])
     assert "spain" not in found(collection, encoder, "What is the capital of spain?", 5)
-    assert collection.delete(where=Filter(subject=["italy", "peru"], language="en")).count == 2
+    assert collection.delete(where=Filter(subject=["italy", "peru"], language="en")).facts == 2
     assert set(found(collection, encoder, "capital", 5)) == {"france", "kenya"}
     assert collection.delete(["spain"]) == (0, ["spain"])
     assert [(fact.version, fact.deleted) for fact in collection.history("spain")] == [(1, False), (2, True)]

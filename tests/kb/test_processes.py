@@ -29,7 +29,7 @@ for line in sys.stdin:
         (outcome,) = collection.upsert([FactDraft(id=id, text=text)], encode=encoder.encode_documents)
         answer = outcome.version
     elif action == "delete":
-        answer = collection.delete([id]).count
+        answer = collection.delete([id]).facts
     elif action == "snapshot":
         answer = collection.snapshot()["last_seq"]
     else:

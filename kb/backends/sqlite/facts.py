@@ -90,7 +90,7 @@ class SqliteFacts:
 
     def nearest(self, vectors: np.ndarray, k: int, where: Filter | None, at: datetime) -> list[list[Hit]]:
         # Most searches need no list of all facts that match: the best few do, or enough of them.
-        fetched = 2 * k + 8 if where is None else 4 * k + 32
+        fetched = k + 4 if where is None else 4 * k + 32
         found, rows = self._search(vectors, fetched, None)
         hits = self._hits(found, rows, k, where, at)
         if found.numbers.shape[1] == fetched and any(len(each) < k for each in hits):

@@ -84,6 +84,7 @@ class LiveIndex:
                 self._replay(db, index, self._last_seq(db))
                 with self._lock.writing():
                     self._index, self._source = index, "facts"
+        self._snapshot_seq = 0
         return self.describe()
 
     def describe(self) -> dict[str, Any]:
@@ -179,23 +180,26 @@ class LiveIndex:
 
     def _tend(self) -> None:
         """Start what is due in the background, one thing at a time."""
-        index = self._loaded()
-        changed = index.last_seq - self._snapshot_seq
-        due: Callable[[], object] | None = None
-        if index.outdated:
-            due = self.rebuild
-        elif index.facts >= self._options.snapshot_from and changed > self._options.snapshot_share * index.facts:
-            due = self.snapshot
-        if due is None or (self._upkeep is not None and self._upkeep.is_alive()):
+        if self._due() is None or (self._upkeep is not None and self._upkeep.is_alive()):
             return
-        self._upkeep = threading.Thread(target=self._do, args=(due,), name=f"kb {self._info.name}", daemon=True)
+        self._upkeep = threading.Thread(target=self._do, name=f"kb {self._info.name}", daemon=True)
         self._upkeep.start()
 
-    def _do(self, due: Callable[[], object]) -> None:
+    def _due(self) -> Callable[[], object] | None:
+        index = self._loaded()
+        if index.outdated:
+            return self.rebuild
+        changed = index.last_seq - self._snapshot_seq
+        if index.facts >= self._options.snapshot_from and changed > self._options.snapshot_share * index.facts:
+            return self.snapshot
+        return None
+
+    def _do(self) -> None:
         try:
-            due()
+            while due := self._due():
+                due()
         except CollectionNotFound:
             pass  # It was deleted meanwhile, and its index with it.
         except (KbError, OSError) as exc:
             # The index goes on as it is, and the next write tries again.
-            log.warning("%s: %s failed: %s", self._info.name, due.__name__, exc)
+            log.warning("%s: looking after the index failed: %s", self._info.name, exc)

@@ -21,13 +21,15 @@ BATCH = 500
 
 
 def fact_of(row: sqlite3.Row | dict[str, Any]) -> Fact:
-    return Fact(
-        **{name: row[name] for name in PLAIN},
-        **{name: None if row[name] is None else datetime.fromisoformat(row[name]) for name in MOMENTS},
-        deleted=bool(row["deleted"]),
-        aliases=tuple(json.loads(row["aliases"])),
-        metadata=json.loads(row["metadata"]),
-    )
+    values = {name: row[name] for name in COLUMNS}
+    for name in MOMENTS:
+        if values[name] is not None:
+            values[name] = datetime.fromisoformat(values[name])
+    # Of most facts both are empty.
+    values["aliases"] = () if values["aliases"] == "[]" else tuple(json.loads(values["aliases"]))
+    values["metadata"] = {} if values["metadata"] == "{}" else json.loads(values["metadata"])
+    values["deleted"] = bool(values["deleted"])
+    return Fact(**values)
 
 
 def values_of(fact: Fact) -> dict[str, Any]:
