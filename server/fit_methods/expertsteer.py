@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -24,8 +25,6 @@ from server.fit_methods.base import (
     Text,
     Wanted,
 )
-
-STATES = "expert.npy"
 
 
 class Labelled(Part):
@@ -101,13 +100,13 @@ class ExpertSteerSpec(MethodSpec):
 
     def _expert_states(self, expert: str, context: Context) -> Array:
         """[texts, layers, width], from an earlier attempt where it had got so far."""
-        file = context.work / STATES
+        file = context.work / f"expert-{hashlib.sha256(expert.encode()).hexdigest()[:16]}.npy"
         if file.exists():
             kept: Array = np.load(file, allow_pickle=False)
             return kept
         path = context.expert(expert)
         states = experts.last_states(path, [each.text for each in self.texts], context.progress)
-        part = file.with_name("expert.part.npy")
+        part = file.with_name(f"part-{file.name}")
         np.save(part, states, allow_pickle=False)
         part.rename(file)
         return states

@@ -99,12 +99,11 @@ class LfSteeringSpec(MethodSpec):
             source = _of_the_store(context, self.options.sae)
         else:
             layer = self.options.layer if self.options.layer is not None else located.layer if located else 0
-            rows = sae_rows.kept(context.work)
+            rows = sae_rows.kept(context.work, layer)
             if rows is None:
                 activations: Activations = yield passages(self.texts, layer)
-                rows = sae_rows.keep(context.work, sae_rows.rows_of(activations))
-            checkpoint = context.work / "sae.safetensors"
-            trained = sae_rows.train(rows, self.options.training, checkpoint, context.progress)
+                rows = sae_rows.keep(context.work, layer, sae_rows.rows_of(activations))
+            trained = sae_rows.train(rows, self.options.training, context.work, layer, context.progress)
             source = _Source(trained.sae, layer, trained.metrics, [])
         features = lf_steering.select(
             source.sae, right[:, source.layer], wrong[:, source.layer], self.options.threshold, self.options.most

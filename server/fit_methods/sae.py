@@ -47,11 +47,11 @@ class SaeSpec(MethodSpec):
 
     def steps(self, context: Context) -> Steps:
         options = self.options
-        rows = sae_rows.kept(context.work)
+        rows = sae_rows.kept(context.work, options.layer)
         if rows is None:
             activations = yield self.captures()[0]
-            rows = sae_rows.keep(context.work, sae_rows.rows_of(activations))
-        trained = sae_rows.train(rows, options.training, context.work / "sae.safetensors", context.progress)
+            rows = sae_rows.keep(context.work, options.layer, sae_rows.rows_of(activations))
+        trained = sae_rows.train(rows, options.training, context.work, options.layer, context.progress)
         labels = _labels(trained.sae, rows, options.examples, context)
         return Fitted(
             kind="sae",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -86,31 +87,36 @@ def rows_of(activations: Activations) -> Rows:
     return Rows(np.concatenate(each), ends, [list(ids) for ids in activations.token_ids])
 
 
-def kept(folder: Path) -> Rows | None:
-    """The rows that an earlier attempt kept, if there are any. They are mapped, not read."""
-    meta = folder / "rows.json"
+def kept(folder: Path, layer: int) -> Rows | None:
+    """The rows of a layer that an earlier attempt kept, if there are any. They are mapped, not read."""
+    meta = folder / f"rows-{layer}.json"
     if not meta.exists():
         return None
     fields = json.loads(meta.read_text("utf-8"))
-    return Rows(np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False), fields["ends"], fields["ids"])
+    return Rows(np.load(meta.with_suffix(".npy"), mmap_mode="r", allow_pickle=False), fields["ends"], fields["ids"])
 
 
-def keep(folder: Path, rows: Rows) -> Rows:
+def keep(folder: Path, layer: int, rows: Rows) -> Rows:
     """Keep them for another attempt: a checkpoint of a training belongs to the very rows."""
-    np.save(folder / "rows.npy", rows.values, allow_pickle=False)
-    meta = folder / "rows.json"
+    meta = folder / f"rows-{layer}.json"
+    np.save(meta.with_suffix(".npy"), rows.values, allow_pickle=False)
     part = meta.with_suffix(".part")
     part.write_text(json.dumps({"ends": rows.ends, "ids": rows.ids}), "utf-8")
     part.rename(meta)
     return rows
 
 
-def train(rows: Rows, training: SaeTraining, checkpoint: Path, progress: Progress) -> Trained:
-    """Train on nine tenths of the passages and measure on the others. ValueError where that can't be done."""
+def train(rows: Rows, training: SaeTraining, folder: Path, layer: int, progress: Progress) -> Trained:
+    """Train on nine tenths of the passages and measure on the others. ValueError where that can't be done.
+
+    A checkpoint is kept in the folder, from where another attempt at the same training goes on.
+    """
     config = sae_training.Config(**training.model_dump())
     train_rows, held_out = rows.split()
     if len(held_out) < 2:
         raise ValueError(f"need at least {HELD_OUT} passages: every tenth is held out to measure the SAE")
+    digest = hashlib.sha256(training.model_dump_json().encode()).hexdigest()[:16]
+    checkpoint = folder / f"sae-{layer}-{digest}.safetensors"
     trained = sae_training.train(train_rows, config, checkpoint=checkpoint, progress=progress)
     served = saes.calibrated(trained.sae, train_rows[:: max(1, len(train_rows) // CALIBRATION_ROWS)])
     before, after = saes.quality(trained.sae, held_out), saes.quality(served, held_out)

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from server.api.errors import ApiError
 from server.api.prepared import Prepared, Site
 from server.api.steering_schema import LAST_PROMPT_TOKEN
+from server.engine.bank_directory import BankTooSmall
 from server.engine.capture import CaptureSpec
 from server.engine.edits import Program
 from server.languages import identified
@@ -63,10 +65,19 @@ class Task:
         return cls(engine, tune, items)
 
     async def measure(self, prepared: Prepared | None) -> Scores:
-        """At one point, or without steering. All requests run in one batch, as far as the engine has room."""
-        async with asyncio.TaskGroup() as group:
-            effects = [group.create_task(self._limited(self._effect, index, prepared)) for index in self._scored]
-            texts = [group.create_task(self._limited(self._continued, index, prepared)) for index in self._continued_at]
+        """At one point, or without steering. All requests run in one batch, as far as the engine has room.
+
+        ApiError 400 where the artifact is larger than the bank.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                effects = [group.create_task(self._limited(self._effect, each, prepared)) for each in self._scored]
+                texts = [group.create_task(self._limited(self._continued, each, prepared)) for each in self._prompts]
+        except ExceptionGroup as failed:
+            first = failed.exceptions[0]
+            if isinstance(first, BankTooSmall):
+                raise ApiError(400, f"{first}; fit a smaller rank, or sweep fewer layers at once", "tune") from failed
+            raise first from failed
         found, continued = [task.result() for task in effects], [task.result() for task in texts]
         return Scores(**self._summed(found, continued), **await self._fluency(continued))
 
@@ -75,7 +86,7 @@ class Task:
         return range(0 if self.tune.form == "label" else len(self.items))
 
     @property
-    def _continued_at(self) -> range:
+    def _prompts(self) -> range:
         most = len(self.items)
         return range(most if self.tune.form == "label" else min(self.tune.fluency_prompts, most))
 

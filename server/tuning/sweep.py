@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from server.api.errors import ApiError
 from server.api.served import ServedModel
-from server.fit_methods.base import FitError, Fitted, MethodSpec, Progress
+from server.fit_methods.base import Fitted, MethodSpec, Progress
 from server.tuning.candidates import Candidate
 from server.tuning.measure import Task
 from server.tuning.record import Record
@@ -93,8 +93,6 @@ class Sweep:
             first = error.errors(include_url=False, include_context=False)[0]
             where = f"tune.{'.'.join(map(str, first['loc']))}"
             raise ApiError(422, f"{where}: {first['msg']}", where) from error
-        except FitError as error:
-            raise ApiError(422, f"with {options or 'the options given'}: {error}", error.field) from error
 
     async def _measured(
         self, task: Task, record: Record, options: dict[str, Any], layers: Sequence[int], strength: float, prepared: Any

@@ -61,3 +61,38 @@ def test_an_artifact_cannot_be_deleted_under_a_running_request(server: Server) -
     deleted = server.client.delete("/v1/artifacts/held/versions/1")
     assert deleted.status_code == 204, deleted.text
     assert server.ask({"artifact": "held"}).status_code == 404
+
+
+def test_a_preset_for_any_language_takes_the_requests_own(server: Server) -> None:
+    for name, seed in (("de-en", 11), ("fr-en", 12)):
+        server.publish(name, seed=seed)
+    publish_preset(
+        server,
+        "any-en",
+        {"artifact": "de-en", "source_language": "de", "strength": 0.5},
+        {"artifact": "fr-en", "source_language": "fr", "strength": 0.7},
+    )
+    german = "Wie komme ich von hier zum Bahnhof? Kannst du mir helfen?"
+    told = server.complete({"artifact": "any-en"}, prompt=german)["steering"]
+    assert (told["source_language"], told["source_language_by"]) == ("de", "identified")
+    assert [(each["artifact"], each["strength"]) for each in told["applied"]] == [("de-en", 0.5)]
+    chat = {
+        "model": server.model,
+        "max_tokens": 4,
+        "messages": [
+            {"role": "system", "content": "Answer in English, please, and be brief."},
+            {"role": "user", "content": "Comment aller à la gare depuis ici ? Peux-tu m'aider ?"},
+        ],
+    }
+    steering: dict[str, Any] = {"interventions": [{"artifact": "any-en"}]}
+    body = server.client.post("/v1/chat/completions", json=chat | {"steering": steering}).json()
+    assert [each["artifact"] for each in body["steering"]["applied"]] == ["fr-en"]
+    named = chat | {"steering": steering | {"source_language": "de"}}
+    body = server.client.post("/v1/chat/completions", json=named).json()
+    assert (body["steering"]["source_language_by"], body["steering"]["applied"][0]["artifact"]) == ("request", "de-en")
+    refused = server.ask({"artifact": "any-en"}, prompt="How do I get to the station from here, please?")
+    assert refused.status_code == 422 and refused.json()["error"]["param"] == "steering.source_language"
+    capture = {"prompts": [german], "sites": ["resid_post.11"], "steering": steering}
+    assert server.client.post("/v1/activations", json=capture).status_code == 422
+    capture["steering"] = steering | {"source_language": "de"}
+    assert server.client.post("/v1/activations", json=capture).status_code == 200
