@@ -64,6 +64,8 @@ class TunedEngine(FakeEngine):
         if tail == WRONG or tail == RIGHT:
             assert prompt_length == start
             return [self.gain(program) if tail == RIGHT else 0.0] + [-1.0] * (len(ids) - start - 1)
+        if prompt_length is not None:
+            return [-9.0] * (len(ids) - start)
         assert program is None
         return [-5.0 if tail[0] == "x" else -1.0] * (len(ids) - start)
 
@@ -176,6 +178,13 @@ def test_text_that_perplexes_or_loops_is_not_fluent() -> None:
     for perplexity, distinct, fluent in ((20.0, 0.4, True), (20.1, 0.8, False), (2.0, 0.3, False)):
         assert is_fluent(Scores(effect=0.0, perplexity=perplexity, distinct_2=distinct), baseline, 2.0) is fluent
     assert not is_fluent(Scores(effect=0.0), baseline, 2.0)
+
+
+def test_the_margin_is_over_the_best_of_the_wrong_choices(tmp_path: Path) -> None:
+    item = ITEMS[0] | {"choices": [" maybe", RIGHT, WRONG], "answer": 1}
+    tuning = asyncio.run(run(tmp_path, TunedEngine(), spec(items=[item], strengths=[1.0], layers=[[0]]))).tuning
+    assert tuning.baseline.margin == pytest.approx(0.5 - 3.0 - (0.0 - 2.0))
+    assert tuning.best.margin == pytest.approx(1.5 - 3.0 - (0.0 - 2.0))
 
 
 def test_labels_are_scored_by_what_the_greedy_answer_says(tmp_path: Path) -> None:
