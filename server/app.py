@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI
 from kb import encoders
 from kb.index import IndexOptions
 from kb.knowledge_base import KnowledgeBase
+from kb.scope import storage as scope
 from server import experts
 from server.api import (
     activations,
@@ -30,6 +31,7 @@ from server.api import (
 )
 from server.api.admin import admin_scope, admit
 from server.api.doses import Doses
+from server.api.knowledge import KnowledgeHandler
 from server.api.leases import Leases
 from server.api.middleware import JsonBodies
 from server.api.openai import SteeringHandler
@@ -40,6 +42,7 @@ from server.encoding import BatchedEncoder
 from server.engine import frontend
 from server.engine.spool import Spools
 from server.fit_jobs import FitJobs
+from server.knowledge import Adviser
 from server.locks import holding
 from server.models import ResolvedModel, model_identity, resolve_model
 from server.progress import Reporter
@@ -65,6 +68,7 @@ class Polyhelm:
     leases: Leases
     kb: KnowledgeBase
     encoder: BatchedEncoder
+    adviser: Adviser
     replays: Replays
 
 
@@ -131,8 +135,9 @@ async def assemble(
     captures = Spools(settings.data_dir / "captures")
     kb = open_kb(settings)
     encoder = BatchedEncoder(encoders.load(settings.kb_encoder))
+    adviser = Adviser(kb, encoder, scope.load(settings.kb_scope) if settings.kb_scope else scope.default())
     replays = Replays(settings.data_dir / "kb" / "replays.sqlite3")
-    return Polyhelm(settings, model.name, engine, store, steerer, jobs, captures, leases, kb, encoder, replays)
+    return Polyhelm(settings, model.name, engine, store, steerer, jobs, captures, leases, kb, encoder, adviser, replays)
 
 
 def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
@@ -140,8 +145,12 @@ def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
     state = app.state
     state.polyhelm = polyhelm
     wrap = (polyhelm.steerer, polyhelm.engine)
-    state.openai_serving_chat = SteeringHandler(state.openai_serving_chat, "create_chat_completion", *wrap)
-    state.openai_serving_completion = SteeringHandler(state.openai_serving_completion, "create_completion", *wrap)
+    for name, method in (
+        ("openai_serving_chat", "create_chat_completion"),
+        ("openai_serving_completion", "create_completion"),
+    ):
+        steered = SteeringHandler(getattr(state, name), method, *wrap)
+        setattr(state, name, KnowledgeHandler(steered, method, polyhelm.adviser))
     for module in (
         activations,
         aliases,

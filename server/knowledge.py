@@ -83,6 +83,13 @@ class Adviser:
             error.param = param
             raise
         ours = await self._encoder.identity()
+        fitted = self._decider.encoder
+        if fitted is not None and fitted != ours:
+            raise EncoderMismatch(
+                f"the scope decider was fitted on encoder {fitted.name!r}, and this server has {ours.name!r}: fit one"
+                " with polyhelm kb train-scope, and set POLYHELM_KB_SCOPE",
+                "knowledge",
+            )
         if collection.encoder != ours:
             raise EncoderMismatch(
                 f"collection {name!r} was made with encoder {collection.encoder.name!r}, and this server has"

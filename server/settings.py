@@ -73,6 +73,10 @@ class Settings(BaseSettings):
     """
     kb_encoder: str = "e5-small"
     """What turns texts into vectors: `e5-small`, `st:FOLDER_OR_HUB_ID`, `tei:URL` or `openai:URL#MODEL`."""
+    kb_scope: Path | None = None
+    """A folder that `polyhelm kb train-scope` made: what decides whether a question is about a fact. By default what
+    comes with polyhelm, for `e5-small` only.
+    """
     kb_index: Literal["auto", "flat", "hnsw", "ivf"] = "auto"
     """How collections in a folder are searched; `auto` is exact up to `kb_exact_below` facts, and HNSW beyond."""
     kb_exact_below: int = Field(300_000, ge=0)

@@ -42,6 +42,11 @@ def save(
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def default() -> Decider:
+    """The one that comes with polyhelm, for the encoder `e5-small`."""
+    return load(Path(__file__).with_name("default"))
+
+
 def load(folder: Path) -> Decider:
     """Raises ScopeError, which says what is wrong with the folder."""
     try:
