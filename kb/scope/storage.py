@@ -21,9 +21,10 @@ MODEL: Final = "model"
 FORMAT: Final = 1
 
 
-def save(
-    decider: ThresholdDecider | HeadDecider | CrossEncoderDecider, folder: Path, notes: Mapping[str, Any] | None = None
-) -> None:
+Storable = ThresholdDecider | HeadDecider | CrossEncoderDecider
+
+
+def save(decider: Storable, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
     """Write it; `notes` say where it comes from. ScopeError where there is a decider already."""
     if (folder / SETTINGS).exists():
         raise ScopeError(f"{folder} holds a decider already: name another folder, or remove it")

@@ -7,7 +7,7 @@ import os
 import typer
 
 from server import __version__
-from server.cli import artifact, doctor, fit, kb, serve
+from server.cli import artifact, doctor, fit, kb, kb_scope, serve
 
 # Standard output is for results. Read by vLLM when it is imported, in this process and in the engine's.
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -18,6 +18,7 @@ app = typer.Typer(name="polyhelm", no_args_is_help=True, pretty_exceptions_enabl
 app.add_typer(artifact.app, name="artifact")
 app.add_typer(fit.app, name="fit")
 app.add_typer(kb.app, name="kb")
+kb.app.command("train-scope")(kb_scope.train_scope)
 app.command(**serve.CONTEXT)(serve.serve)
 app.command()(doctor.doctor)
 

@@ -1,0 +1,150 @@
+"""Does retrieval find the fact, and does the scope decision know when there is none? MzsRE, as mzsre.py tells.
+
+Facts are the `src` questions of all 400 items in one language; questions are the 200 test items' in another. Deciders
+are fitted on the training questions, other subjects all of them. Per direction: `top1`, the rephrased question's own
+fact is judged likeliest; `src` and `rephrase`, it is also taken to be in scope; `loc`, a question about something else
+is; `left_out`, a question whose own fact was taken out of the collection is. Writes results/remake_scope.json.
+
+    POLYHELM_BENCH_DATA=... .venv/bin/python benchmarks/remake_scope.py [--items 200] [--training 1990]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mzsre
+import numpy as np
+from cached_encoder import CachedEncoder
+from environment import environment
+
+from kb import encoders
+from kb.facts import FactDraft, Hit
+from kb.knowledge_base import KnowledgeBase
+from kb.languages import detect
+from kb.lookup import CANDIDATES
+from kb.scope import Decider, Text
+from kb.scope.pairs import Encoded, Group
+from kb.scope.storage import default
+from kb.scope.training import fit_head, fit_threshold
+
+RESULTS = Path(__file__).with_name("results") / "remake_scope.json"
+GOALS = {"top1": 0.99, "src": 0.98, "rephrase": 0.98, "loc": 0.005, "left_out": 0.02}
+DIRECTIONS = [("en", language) for language in mzsre.LANGUAGES] + [
+    (language, "en") for language in mzsre.LANGUAGES if language != "en"
+]
+
+
+class Bench:
+    """Items, their vectors by (language, kind), and a collection of facts for each language."""
+
+    def __init__(self, encoder: CachedEncoder, numbers: Sequence[int], folder: str) -> None:
+        self.items = mzsre.items()
+        self.numbers = numbers
+        base = KnowledgeBase.open(folder)
+        self.facts, self.collections, self.asked = {}, {}, {}
+        for language in mzsre.LANGUAGES:
+            texts = [item[language].src.question for item in self.items]
+            vectors = encoder.encode_queries(texts)
+            self.facts[language] = dict(zip(texts, vectors, strict=True))
+            drafts = [
+                FactDraft(id=str(number), question=item[language].src.question, answer="-", language=language)
+                for number, item in enumerate(self.items)
+            ]
+            self.collections[language], _ = base.create(f"mzsre-{language}", encoder.identity, "keep")
+            self.collections[language].upsert(drafts, vectors)
+            for kind in ("src", "rephrase", "loc"):
+                questions = [getattr(self.items[number][language], kind).question for number in numbers]
+                rows = vectors[list(numbers)] if kind == "src" else encoder.encode_queries(questions)
+                self.asked[language, kind] = [
+                    Text(question, detect(question), row) for question, row in zip(questions, rows, strict=True)
+                ]
+
+    def judge(self, decider: Decider, facts: str, asked: str) -> dict[str, float]:
+        """Shares of the questions in `asked`, of facts in `facts`."""
+        measured: dict[str, list[bool]] = {name: [] for name in GOALS}
+        for kind in ("src", "rephrase", "loc"):
+            questions = self.asked[asked, kind]
+            found = self.collections[facts].search(
+                np.stack([question.vector for question in questions]), CANDIDATES + 1
+            )
+            for number, question, hits in zip(self.numbers, questions, found, strict=True):
+                best, probability = self.best(decider, question, hits[:CANDIDATES], facts)
+                right = best == str(number)
+                if kind == "loc":
+                    measured["loc"].append(probability >= 0.5)
+                    continue
+                if kind == "rephrase":
+                    measured["top1"].append(right)
+                measured[kind].append(right and probability >= 0.5)
+                others = [hit for hit in hits if hit.fact.id != str(number)][:CANDIDATES]
+                measured["left_out"].append(self.best(decider, question, others, facts)[1] >= 0.5)
+        return {name: float(np.mean(values)) for name, values in measured.items()}
+
+    def best(self, decider: Decider, question: Text, hits: Sequence[Hit], language: str) -> tuple[str, float]:
+        candidates = [Text(hit.fact.key, language, self.facts[language][hit.fact.key]) for hit in hits]
+        judged = decider.probabilities(question, candidates)
+        best = int(judged.argmax())
+        return hits[best].fact.id, float(judged[best])
+
+
+def training_groups(encoder: CachedEncoder, number: int) -> Encoded:
+    """Each training question in all languages."""
+    rows = {language: pairs[:number] for language, pairs in mzsre.training().items()}
+    vectors = {language: encoder.encode_queries([qa.question for qa in pairs]) for language, pairs in rows.items()}
+    groups = [Group(tuple((rows[lang][n].question, lang) for lang in mzsre.LANGUAGES)) for n in range(number)]
+    return Encoded(groups, [np.stack([vectors[lang][n] for lang in mzsre.LANGUAGES]) for n in range(number)])
+
+
+def deciders(encoder: CachedEncoder, training: int, false_fires: float) -> dict[str, Decider]:
+    groups = training_groups(encoder, training)
+    started = time.monotonic()
+    head = fit_head(groups, encoder.identity, false_fires=false_fires, report=lambda text: print(text, flush=True))
+    print(f"the head was fitted in {time.monotonic() - started:.0f} s", flush=True)
+    return {
+        "head": head,
+        "thresholds": fit_threshold(groups, encoder.identity, false_fires=false_fires),
+        "shipped": default(),
+    }
+
+
+def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in GOALS}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=200, help="of the 200 test items")
+    parser.add_argument("--dev", action="store_true", help="on the items for choosing, without writing results")
+    parser.add_argument("--training", type=int, default=1990, help="training questions")
+    parser.add_argument("--false-fires", type=float, default=0.01, help="on held-out training questions")
+    parser.add_argument("--cache", type=Path, help="a folder for vectors, so that a run can be taken up again")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    encoder = CachedEncoder(encoders.load("e5-small"), options.cache)
+    start = 0 if options.dev else mzsre.DEV
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(encoder, range(start, start + options.items), folder)
+        report: dict[str, Any] = {}
+        for name, decider in deciders(encoder, options.training, options.false_fires).items():
+            rows = {f"{facts}>{asked}": bench.judge(decider, facts, asked) for facts, asked in DIRECTIONS}
+            from_english = mean([rows[f"en>{language}"] for language in mzsre.LANGUAGES])
+            to_english = mean([rows[f"{language}>en"] for language in mzsre.LANGUAGES])
+            report[name] = {"from_english": from_english, "to_english": to_english, "directions": rows}
+            print(name, "en>12", from_english, "12>en", to_english, flush=True)
+    if not options.dev:
+        settings = {"items": options.items, "facts": len(bench.items), "training": options.training, "goals": GOALS}
+        content = {"environment": environment(), **settings, "false_fires": options.false_fires, "deciders": report}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

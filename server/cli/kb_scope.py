@@ -1,0 +1,90 @@
+"""`polyhelm kb train-scope`: fit what decides whether a question is about a fact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from server.cli.artifact_output import AsJson, print_json
+from server.progress import Reporter
+from server.settings import Settings
+
+
+def train_scope(
+    questions: Annotated[
+        Path,
+        typer.Argument(help='JSON lines: {"questions": {"en": "...", "de": ["...", "..."]}}, all asking the same.'),
+    ],
+    output: Annotated[
+        Path, typer.Option(envvar="POLYHELM_OUTPUT", help="The folder to write; POLYHELM_KB_SCOPE names it.")
+    ],
+    kind: Annotated[
+        Literal["head", "threshold", "cross-encoder"],
+        typer.Option(
+            envvar="POLYHELM_KIND",
+            help="head (the default): a small network. threshold: on the cosine, per pair of languages. cross-encoder: "
+            "the paper's, fine-tuned from --model.",
+        ),
+    ] = "head",
+    encoder: Annotated[
+        str, typer.Option(envvar="POLYHELM_KB_ENCODER", help="What turns the questions into vectors.")
+    ] = str(Settings.model_fields["kb_encoder"].default),
+    model: Annotated[
+        str | None, typer.Option(envvar="POLYHELM_MODEL", help="Of a cross-encoder: a folder or hub id to begin with.")
+    ] = None,
+    false_fires: Annotated[
+        float,
+        typer.Option(
+            envvar="POLYHELM_FALSE_FIRES",
+            min=0.0001,
+            max=0.5,
+            help="Share of near misses, questions whose own fact isn't there, that may be taken to be about another.",
+        ),
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(envvar="POLYHELM_SEED")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a scope decider on questions that ask for the same thing in different words or languages.
+
+    The nearest other questions are the near misses that it learns to refuse. A tenth of the lines is held out, and what
+    the decider makes of it is printed.
+    """
+    import numpy as np
+
+    from kb import encoders
+    from kb.scope import ScopeError, pairs, storage, training
+    from kb.scope.cross_encoder import CrossEncoderDecider
+
+    report = Reporter()
+    try:
+        groups = pairs.read_groups(questions)
+        loaded = encoders.load(encoder)
+        report.step(f"encoding the questions of {len(groups)} lines")
+        encoded = pairs.encode(groups, loaded)
+        order = np.random.default_rng(seed).permutation(len(groups))
+        held = max(len(groups) // 10, 10)
+        fit, rest = encoded.part(order[held:]), encoded.part(order[:held])
+        decider: storage.Storable
+        if kind == "threshold":
+            decider = training.fit_threshold(fit, loaded.identity, false_fires=false_fires, seed=seed)
+        elif kind == "head":
+            decider = training.fit_head(fit, loaded.identity, false_fires=false_fires, report=report.step, seed=seed)
+        else:
+            if model is None:
+                raise ScopeError("a cross-encoder is fine-tuned from a model: give --model")
+            decider = CrossEncoderDecider(model)
+            report.step("fine-tuning")
+            decider.fit(list(pairs.situations(fit, per_group=12, seed=seed)))
+        measured = training.quality(decider, rest)._asdict()
+        notes = {"questions": questions.name, "lines": len(groups), "false_fires": false_fires, "held_out": measured}
+        storage.save(decider, output, notes)
+    except (ScopeError, encoders.EncoderError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        print_json({"output": str(output), "kind": decider.name, "held_out": measured})
+    else:
+        typer.echo(f"{output}: of {held} lines held out, recall {measured['recall']:.3f}, ", nl=False)
+        typer.echo(f"false fires {measured['false_fires']:.3f} where the fact isn't there")
