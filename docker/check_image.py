@@ -3,7 +3,7 @@
 For Linux machines where no image can be pulled and no daemon runs. Needs root, and Debian's debootstrap, buildah and
 util-linux. What is checked: the shipped Dockerfile builds; the service runs as its user without capabilities on a
 read-only root, and as a user without a name; HEALTHCHECK fails before it serves and passes then; it answers; SIGTERM
-lets a running answer end, and ends it with 0. Writes about 12 GiB into --work, and removes them.
+lets a running answer end, and ends it with 0. Writes about 16 GiB into --work, and removes them.
 
     python3 docker/check_image.py --torch-index ADDRESS
     python3 docker/check_image.py --pip-conf pip.conf --mount /wheels:/wheels   # packages from a folder of this machine

@@ -203,7 +203,11 @@ def test_selectors_find_the_pods_and_each_replica_is_scraped_once() -> None:
     ports = [port["name"] for each in services for port in each["spec"]["ports"]]
     assert ports.count(endpoint["port"]) == 1
     scaled = one(ALL, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
-    assert scaled["name"] == one(ALL, "StatefulSet")["metadata"]["name"]
+    assert scaled == {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "name": one(ALL, "StatefulSet")["metadata"]["name"],
+    }
     assert "replicas" not in one(ALL, "StatefulSet")["spec"]
 
 
