@@ -22,7 +22,8 @@ def lock(name: str) -> dict[str, str]:
     return versions
 
 
-CPU, CUDA, S3 = lock("cpu"), lock("cuda"), lock("s3")
+CPU, CUDA, REMOTE = lock("cpu"), lock("cuda"), lock("remote")
+CLIENTS = [*EXTRAS["s3"], *EXTRAS["qdrant"], *EXTRAS["postgres"]]
 LEFT_OUT = set(
     re.findall(r"grep -vE '\^\((.+?)\)=='", (ROOT / "docker" / "Dockerfile").read_text("utf-8"))[0].split("|")
 )
@@ -39,15 +40,15 @@ def test_the_cuda_image_leaves_out_what_cuda_txt_replaces() -> None:
 
 
 def test_the_cuda_image_has_what_pyproject_needs() -> None:
-    installed = {name: version for name, version in CPU.items() if name not in LEFT_OUT} | CUDA | S3
-    assert unmet([*DEPENDENCIES, *EXTRAS["cuda"], *EXTRAS["s3"]], installed) == []
+    installed = {name: version for name, version in CPU.items() if name not in LEFT_OUT} | CUDA | REMOTE
+    assert unmet([*DEPENDENCIES, *EXTRAS["cuda"], *CLIENTS], installed) == []
     assert not any(version.endswith("+cpu") for version in installed.values())
 
 
 def test_the_cpu_image_has_what_pyproject_needs() -> None:
-    assert unmet([*DEPENDENCIES, *EXTRAS["cpu"], *EXTRAS["s3"]], CPU | S3) == []
+    assert unmet([*DEPENDENCIES, *EXTRAS["cpu"], *CLIENTS], CPU | REMOTE) == []
 
 
-def test_s3_is_installed_as_it_is_tested() -> None:
-    assert not S3.keys() & (CPU.keys() | CUDA.keys())
-    assert S3.items() <= lock("test").items()
+def test_clients_of_shared_stores_are_installed_as_they_are_tested() -> None:
+    assert not REMOTE.keys() & (CPU.keys() | CUDA.keys())
+    assert REMOTE.items() <= lock("test").items()
