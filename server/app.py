@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 from kb import encoders
 from kb.index import IndexOptions
@@ -29,19 +30,26 @@ from server.api import (
     kb_import,
     saes,
 )
-from server.api.admin import admin_scope, admit
+from server.api.admission import Admission, Load
+from server.api.authentication import Authentication
 from server.api.doses import Doses
+from server.api.event_streams import EventStreams
+from server.api.health import DeepCheck
 from server.api.knowledge import KnowledgeHandler
 from server.api.leases import Leases
+from server.api.lifecycle import Lifecycle
 from server.api.middleware import JsonBodies
 from server.api.openai import SteeringHandler
+from server.api.request_log import RequestLog, access_logger
 from server.api.served import ServedModel
 from server.api.steering import Steerer
+from server.connections import HeaderLimits
 from server.demo import ensure_demo
 from server.encoding import BatchedEncoder
 from server.engine import frontend
 from server.engine.spool import Spools
 from server.fit_jobs import FitJobs
+from server.keys import KeyStore
 from server.knowledge import Adviser
 from server.locks import holding
 from server.models import ResolvedModel, model_identity, resolve_model
@@ -52,6 +60,25 @@ from steering_store import Store, remote_replica
 
 if TYPE_CHECKING:
     from server.engine.client import Engine
+
+log = logging.getLogger(__name__)
+
+ROUTERS = tuple(
+    module.router
+    for module in (
+        activations,
+        aliases,
+        artifact_files,
+        artifacts,
+        capabilities,
+        fits,
+        health,
+        kb_collections,
+        kb_facts,
+        kb_import,
+        saes,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,10 @@ class Polyhelm:
     encoder: BatchedEncoder
     adviser: Adviser
     replays: Replays
+    keys: KeyStore
+    load: Load
+    lifecycle: Lifecycle
+    deep_check: DeepCheck
 
 
 def serve(settings: Settings, engine_args: Sequence[str], report: Reporter) -> None:
@@ -95,6 +126,8 @@ async def _serve(settings: Settings, model: ResolvedModel, args: Namespace, repo
         report.step(f"serving {model.name} on http://{settings.host}:{settings.port}")
         shutdown = await frontend.serve_app(app, sock, args)
     await shutdown
+    if polyhelm.lifecycle.engine_died:
+        raise frontend.EngineDied("the engine has died; its last words are above")
 
 
 def open_store(settings: Settings) -> Store:
@@ -137,7 +170,28 @@ async def assemble(
     encoder = BatchedEncoder(encoders.load(settings.kb_encoder))
     adviser = Adviser(kb, encoder, scope.load(settings.kb_scope) if settings.kb_scope else scope.default())
     replays = Replays(settings.data_dir / "kb" / "replays.sqlite3")
-    return Polyhelm(settings, model.name, engine, store, steerer, jobs, captures, leases, kb, encoder, adviser, replays)
+    keys = KeyStore(settings.data_dir, settings.admin_api_key)
+    load = Load(settings.max_requests, settings.max_bytes_in_flight)
+    # Some of the time is vLLM's, to close what ran.
+    lifecycle = Lifecycle(engine, load, 0.8 * engine.shutdown_seconds)
+    return Polyhelm(
+        settings,
+        model.name,
+        engine,
+        store,
+        steerer,
+        jobs,
+        captures,
+        leases,
+        kb,
+        encoder,
+        adviser,
+        replays,
+        keys,
+        load,
+        lifecycle,
+        DeepCheck(engine),
+    )
 
 
 def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
@@ -151,26 +205,24 @@ def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
     ):
         steered = SteeringHandler(getattr(state, name), method, *wrap)
         setattr(state, name, KnowledgeHandler(steered, method, polyhelm.adviser))
-    for module in (
-        activations,
-        aliases,
-        artifact_files,
-        artifacts,
-        capabilities,
-        health,
-        kb_collections,
-        kb_facts,
-        saes,
-    ):
-        app.include_router(module.router)
-    app.include_router(kb_facts.changes)
-    app.include_router(kb_import.router)
-    # A fit publishes what it fitted.
-    app.include_router(fits.router, dependencies=[Depends(admin_scope)])
-    if (key := polyhelm.settings.admin_api_key) is not None:
-        admit(app, key)
+    for router in ROUTERS:
+        app.include_router(router)
     errors.install(app)
-    app.add_middleware(JsonBodies, max_bytes=polyhelm.settings.max_body_bytes)
+    guard(app, polyhelm)
     polyhelm.fits.start()
     polyhelm.leases.start()
     return app
+
+
+def guard(app: FastAPI, polyhelm: Polyhelm) -> None:
+    """Put our middleware around the app, the innermost first, and watch over its engine and its connections."""
+    settings, load = polyhelm.settings, polyhelm.load
+    polyhelm.keys.accept(frontend.take_api_keys(app), with_admin=settings.admin_api_key is None)
+    if not polyhelm.keys.configured:
+        log.warning("no key is configured: whoever reaches this server may do everything (polyhelm key create)")
+    app.add_middleware(JsonBodies, max_bytes=settings.max_body_bytes, load=load)
+    app.add_middleware(EventStreams, interval=settings.keep_alive_seconds)
+    app.add_middleware(Admission, load=load, seconds=settings.client_seconds)
+    app.add_middleware(Authentication, keys=polyhelm.keys, open_metrics=settings.open_metrics)
+    app.add_middleware(RequestLog, log=access_logger(settings.log_format))
+    polyhelm.lifecycle.install(app, HeaderLimits(settings.header_seconds, settings.max_header_bytes))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import structlog
 from fastapi.concurrency import run_in_threadpool
 
+from server import metrics
 from server.api.errors import ApiError
 from server.experts import FindExpert, no_expert
 from server.fit_methods.base import MethodSpec
@@ -84,7 +85,7 @@ class FitJobs:
         """Raises ApiError 404."""
         head = self._records.head(fit_id)
         if head is None:
-            raise ApiError(404, f"no fit {fit_id!r}; GET /v1/fits lists them", "id")
+            raise no_fit(fit_id)
         return self._now(head.job)
 
     def list(self) -> list[FitJob]:
@@ -97,6 +98,7 @@ class FitJobs:
         )
         if job is None:
             raise ApiError(409, f"fit {fit_id} has {self.get(fit_id).status} already", "id")
+        metrics.FITS.labels(job.method, "cancelled").inc()
         if self._running is not None and self._running.job.id == fit_id:
             self._running.cancel()
         return job
@@ -195,7 +197,12 @@ class FitJobs:
         expected = isinstance(error, ApiError | StoreError)
         message = str(error) if expected else f"internal error: {type(error).__name__}: {error}"
         if self._records.end(job.id, lambda job: {"status": "failed", "error": message}) is not None:
+            metrics.FITS.labels(job.method, "failed").inc()
             log.error("fit failed", fit=job.id, error=message, exc_info=None if expected else error)
+
+
+def no_fit(fit_id: str) -> ApiError:
+    return ApiError(404, f"no fit {fit_id!r}; GET /v1/fits lists them", "id")
 
 
 class _Withdrawn(Exception):
@@ -244,4 +251,5 @@ class _Commit:
         )
         if job is None:
             raise _Withdrawn
+        metrics.FITS.labels(job.method, "succeeded").inc()
         log.info("fit succeeded", fit=job.id, artifact=job.artifact)

@@ -17,6 +17,7 @@ from kb.scope import Decider, Text
 from server.api.errors import ApiError
 from server.api.knowledge_schema import Examples, Knowledge, KnowledgeReceipt, Nearest, UsedFact
 from server.encoding import BatchedEncoder
+from server.tenant_kb import TenantKb
 
 POOL_FACTOR = 4
 """Examples that are looked at for each that is wanted: some may not be translated into the question's language."""
@@ -78,7 +79,7 @@ class Adviser:
     async def _collection(self, name: str, param: str) -> Collection:
         """Raises CollectionNotFound, and EncoderMismatch where this server can't make vectors like its."""
         try:
-            collection = await run_in_threadpool(self._knowledge.collection, name)
+            collection = await run_in_threadpool(TenantKb(self._knowledge).collection, name)
         except KbError as error:
             error.param = param
             raise

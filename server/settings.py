@@ -58,7 +58,23 @@ class Settings(BaseSettings):
     max_artifact_files: int = Field(16, ge=1)
     """Most files of an artifact that can be published."""
     admin_api_key: str | None = Field(None, min_length=1, repr=False)
-    """With it set, only requests that send it as their key may change what the store holds."""
+    """A key with every scope, beside those of `polyhelm key`."""
+    open_metrics: bool = True
+    """Whether `/metrics` answers without a key; else any key will do."""
+    max_requests: int = Field(1024, ge=1)
+    """Requests that one API process answers at a time; beyond them it answers 503."""
+    max_bytes_in_flight: int = Field(512 * MiB, ge=1024)
+    """What the bodies of those requests may take together."""
+    max_header_bytes: int = Field(64 * 1024, ge=1024)
+    """Longest request line and headers, together."""
+    header_seconds: float = Field(30, gt=0)
+    """How long a client may take to send them."""
+    client_seconds: float = Field(60, gt=0)
+    """How long a client may take to send a body, beside what it takes at 1 KiB/s, or to read a part of an answer."""
+    keep_alive_seconds: float = Field(15, ge=0)
+    """After how much silence an event stream gets a comment, so that no proxy gives it up; 0 sends none."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """How the line of each request is written: as JSON, but for a person at a terminal."""
     capture_memory_bytes: int = Field(64 * MiB, ge=0)
     """Captured activations that the engine holds per request; what is beyond goes to `<data-dir>/captures`."""
     max_capture_bytes: int = Field(4096 * MiB, ge=1)

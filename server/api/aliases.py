@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
-from server.api.admin import admin_scope
 from server.api.artifact_models import (
     AliasList,
     AliasTarget,
@@ -16,12 +15,11 @@ from server.api.artifact_models import (
 )
 from server.api.errors import ApiError, EnvelopeRoute
 from server.api.etags import ANY, quoted, tags
-from steering_store import ABSENT, Alias, Store
+from server.tenants import TenantStore
+from steering_store import ABSENT, Alias
 from steering_store.errors import ArtifactNotFound, PreconditionFailed
 
-router = APIRouter(
-    prefix="/v1/artifacts/{name}", tags=["artifacts"], route_class=EnvelopeRoute, dependencies=[Depends(admin_scope)]
-)
+router = APIRouter(prefix="/v1/artifacts/{name}", tags=["artifacts"], route_class=EnvelopeRoute)
 
 
 @router.get("/aliases", operation_id="list_aliases", response_model_exclude_none=True)
@@ -76,7 +74,7 @@ def get_history(store: StoreDep, name: str, alias: str | None = None) -> History
     return History(data=[HistoryEntry.of(entry) for entry in store.history(name, alias)])
 
 
-def _find(store: Store, name: str, alias: str) -> Alias | None:
+def _find(store: TenantStore, name: str, alias: str) -> Alias | None:
     return next((each for each in store.aliases(name) if each.alias == alias), None)
 
 
@@ -85,7 +83,7 @@ def _answer(alias: Alias, response: Response) -> VersionAlias:
     return VersionAlias.of(alias)
 
 
-def _expected(request: Request, store: Store, name: str, alias: str) -> str | None:
+def _expected(request: Request, store: TenantStore, name: str, alias: str) -> str | None:
     """What the store compares the alias with: an etag, ABSENT, or None where the caller sets no condition."""
     match, none_match = (request.headers.get(header) for header in ("if-match", "if-none-match"))
     if none_match is not None:

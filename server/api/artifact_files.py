@@ -12,6 +12,7 @@ from server.api.artifact_models import StoreDep
 from server.api.artifacts import REVALIDATE, resolve
 from server.api.errors import ApiError, EnvelopeRoute, error_response
 from server.api.etags import is_known, quoted
+from server.request_context import ANYBODY, current
 from steering_store import ArtifactVersion
 from steering_store.errors import ArtifactNotFound
 from steering_store.manifest import FileEntry
@@ -19,7 +20,7 @@ from steering_store.reference import LATEST, parse_reference
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"], route_class=EnvelopeRoute)
 
-IMMUTABLE = "public, max-age=31536000, immutable"
+IMMUTABLE = "max-age=31536000, immutable"
 
 
 class RangedFile(FileResponse):
@@ -54,7 +55,7 @@ def download_artifact_file(store: StoreDep, name: str, ref: str, path: str, requ
     etag = f"sha256:{entry.sha256}"
     headers = {
         "ETag": quoted(etag),
-        "Cache-Control": IMMUTABLE if _is_fixed(name, ref) else REVALIDATE,
+        "Cache-Control": f"{_audience()}, {IMMUTABLE}" if _is_fixed(name, ref) else REVALIDATE,
         "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(entry.sha256)).decode()}:",
     }
     if is_known(request, etag):
@@ -70,6 +71,11 @@ def _entry(version: ArtifactVersion, path: str) -> FileEntry:
             return entry
     known = [entry.path for entry in version.manifest.files]
     raise ArtifactNotFound(f"{version.ref} has no file {path!r}; it has {known}", "path")
+
+
+def _audience() -> str:
+    """Who may share a cached answer: where there are keys, nobody."""
+    return "public" if current().key is ANYBODY else "private"
 
 
 def _is_fixed(name: str, ref: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from steering_store import Alias, ArtifactVersion, AuditEntry, Manifest, Store
+from server.tenants import TenantStore
+from steering_store import Alias, ArtifactVersion, AuditEntry, Manifest
 from steering_store.manifest import Kind
 
 Words = Annotated[str, Field(max_length=1000)]
@@ -147,11 +148,9 @@ class AliasTarget(Change):
     version: int = Field(ge=1)
 
 
-async def get_store(request: Request) -> Store:
-    """The store of the running server."""
-    store = request.app.state.polyhelm.store
-    assert isinstance(store, Store)
-    return store
+async def get_store(request: Request) -> TenantStore:
+    """The store of the running server, as the caller may use it."""
+    return TenantStore(request.app.state.polyhelm.store)
 
 
-StoreDep = Annotated[Store, Depends(get_store)]
+StoreDep = Annotated[TenantStore, Depends(get_store)]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from server.api.admin import admin_scope
 from server.api.artifact_models import (
     Artifact,
     ArtifactList,
@@ -21,13 +20,12 @@ from server.api.artifact_models import (
 from server.api.errors import ApiError, EnvelopeRoute
 from server.api.etags import ANY, is_known, quoted
 from server.api.uploads import read_upload
-from steering_store import ArtifactVersion, Page, Reference, Store, parse_reference
+from server.tenants import TenantStore
+from steering_store import ArtifactVersion, Page, Reference, parse_reference
 from steering_store.manifest import Kind, json_schema
 from steering_store.reference import LATEST
 
-router = APIRouter(
-    prefix="/v1/artifacts", tags=["artifacts"], route_class=EnvelopeRoute, dependencies=[Depends(admin_scope)]
-)
+router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"], route_class=EnvelopeRoute)
 
 REVALIDATE = "no-cache"
 
@@ -155,12 +153,12 @@ def unyank_artifact_version(store: StoreDep, name: str, version: int, change: Ch
     return Version.of(store.unyank(name, version, **_stated(change)))
 
 
-def resolve(store: Store, name: str, ref: str) -> ArtifactVersion:
+def resolve(store: TenantStore, name: str, ref: str) -> ArtifactVersion:
     """Find a version by the `{ref}` of a path."""
     return store.resolve(Reference(name) if ref == LATEST else parse_reference(f"{name}@{ref}"))
 
 
-def list_prefix(store: Store, prefix: str, *, after: str | None, limit: int, **filters: str | None) -> Page:
+def list_prefix(store: TenantStore, prefix: str, *, after: str | None, limit: int, **filters: str | None) -> Page:
     """A page of the artifacts whose names begin with `prefix`."""
     if not prefix:
         return store.list_artifacts(after=after, limit=limit, **filters)

@@ -5,6 +5,7 @@ Every error is `{"error": {"message", "type", "param", "code"}}`, as in OpenAI a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from kb import errors as kb
 from kb.encoders import base as encoders
+from server import metrics
 from steering_store import errors as store
 
 STATUS: dict[type[Exception], int] = {
@@ -61,6 +63,7 @@ TYPES: dict[int, str] = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     409: "ConflictError",
     412: "PreconditionFailedError",
     413: "RequestTooLarge",
@@ -77,21 +80,31 @@ RETRY_AFTER_SECONDS = {429: "1", 503: "1"}
 
 
 class ApiError(Exception):
-    """An answer other than success: a status, a message that names the remedy, and the field at fault."""
+    """An answer other than success: a status, a message that names the remedy, and the field at fault.
+
+    `reason` is a word for the metrics and the log, by default one that the status stands for.
+    """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.headers = dict(headers or {})
+        self.reason = reason
 
 
 def error_response(exc: Exception) -> JSONResponse:
     """Render an exception in the envelope; one that is in no table is a 500 that tells nothing about the inside."""
     error = _as_api_error(exc)
+    metrics.rejected(error.reason or _snake(_kind(error)))
     headers = error.headers
     if error.status in RETRY_AFTER_SECONDS:
         headers = {"Retry-After": RETRY_AFTER_SECONDS[error.status], **headers}
@@ -101,8 +114,11 @@ def error_response(exc: Exception) -> JSONResponse:
 def error_body(exc: Exception) -> dict[str, Any]:
     """What `error` holds in an answer, or beside other results in one."""
     error = _as_api_error(exc)
-    kind = TYPES.get(error.status, "BadRequestError" if error.status < 500 else "InternalServerError")
-    return {"message": error.message, "type": kind, "param": error.param, "code": error.status}
+    return {"message": error.message, "type": _kind(error), "param": error.param, "code": error.status}
+
+
+def _kind(error: ApiError) -> str:
+    return TYPES.get(error.status, "BadRequestError" if error.status < 500 else "InternalServerError")
 
 
 def install(app: FastAPI) -> None:
@@ -143,6 +159,11 @@ def _as_api_error(exc: Exception) -> ApiError:
         if cls in STATUS:
             return ApiError(STATUS[cls], str(exc), getattr(exc, "param", None))
     return ApiError(500, "internal error; the server's log has the details")
+
+
+def _snake(kind: str) -> str:
+    """`not_found` of `NotFoundError`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.removesuffix("Error")).lower()
 
 
 def _first_bad_field(exc: RequestValidationError) -> ApiError:

@@ -11,9 +11,11 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from server.api.errors import ApiError, EnvelopeRoute
-from server.fit_jobs import FitJob, FitJobs
+from server.fit_jobs import FitJob, FitJobs, no_fit
 from server.fit_methods.registry import FitSpec, untagged
 from server.fits import check_spec
+from server.request_context import current
+from server.tenants import check_owned, visible
 from steering_store.reference import check_name
 
 
@@ -61,7 +63,7 @@ async def create_fit(spec: FitSpec, request: Request, response: Response, jobs: 
     if len(spec.items) > most:
         field = spec.data_field
         raise ApiError(413, f"{len(spec.items)} {field}: at most {most} are accepted (POLYHELM_MAX_FIT_PAIRS)", field)
-    check_name(spec.name)
+    check_owned(check_name(spec.name))
     await check_spec(spec, jobs.engine)
     job = await jobs.submit(spec)
     response.headers["Location"] = f"/v1/fits/{job.id}"
@@ -70,15 +72,23 @@ async def create_fit(spec: FitSpec, request: Request, response: Response, jobs: 
 
 @router.get("")
 async def list_fits(jobs: Jobs) -> FitList:
-    return FitList(data=jobs.list())
+    tenant = current().key.tenant
+    return FitList(data=[job for job in jobs.list() if visible(job.name, tenant)])
 
 
 @router.get("/{fit_id}")
 async def get_fit(fit_id: str, jobs: Jobs) -> FitJob:
-    return jobs.get(fit_id)
+    return _visible(jobs.get(fit_id))
 
 
 @router.delete("/{fit_id}")
 async def cancel_fit(fit_id: str, jobs: Jobs) -> FitJob:
     """Stop a queued or running job; 409 when it is over."""
+    check_owned(_visible(jobs.get(fit_id)).name, "id")
     return await jobs.cancel(fit_id)
+
+
+def _visible(job: FitJob) -> FitJob:
+    if not visible(job.name, current().key.tenant):
+        raise no_fit(job.id)
+    return job

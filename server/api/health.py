@@ -2,36 +2,96 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from server.api.errors import EnvelopeRoute
 
+if TYPE_CHECKING:
+    from server.app import Polyhelm
+    from server.engine.client import Engine
+
 router = APIRouter(tags=["health"], route_class=EnvelopeRoute)
 
+OK = "ok"
+DEEP_SECONDS = 10.0
+"""How long the engine may take for one token, and how long its answer holds."""
 
-@router.get("/livez")
-async def livez() -> dict[str, str]:
+
+class Alive(BaseModel):
+    status: str = OK
+
+
+class Readiness(BaseModel):
+    """`checks` says of each `ok`, or what is wrong with it."""
+
+    status: str
+    checks: dict[str, str]
+
+
+@dataclass
+class DeepCheck:
+    """Whether the engine really generates. Callers share a run, and its answer while that is fresh."""
+
+    engine: Engine
+    seconds: float = DEEP_SECONDS
+    _until: float = 0.0
+    _answer: str = OK
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def ask(self) -> str:
+        async with self._asking:
+            if time.monotonic() >= self._until:
+                self._answer = await self._run()
+                self._until = time.monotonic() + self.seconds
+            return self._answer
+
+    async def _run(self) -> str:
+        try:
+            async with asyncio.timeout(self.seconds):
+                await self.engine.one_token()
+        except TimeoutError:
+            return f"the engine made no token in {self.seconds:g} s"
+        except Exception as error:  # whatever is wrong with the engine, readiness must say so and not fail
+            return f"{type(error).__name__}: {error}"
+        return OK
+
+
+@router.get("/livez", operation_id="livez")
+async def livez() -> Alive:
     """Always 200 while the process can answer."""
-    return {"status": "ok"}
+    return Alive()
 
 
-@router.get("/readyz")
-async def readyz(request: Request) -> JSONResponse:
-    """200 when every check is ok, else 503. The server listens only after the engine's self-check has passed."""
-    polyhelm = request.app.state.polyhelm
+@router.get("/readyz", operation_id="readyz", response_model=Readiness, responses={503: {"model": Readiness}})
+async def readyz(request: Request, deep: bool = False) -> JSONResponse:
+    """200 when every check is ok, else 503. The server listens only after the engine's self-check has passed.
+
+    With `deep` the engine has to generate a token, at most every ten seconds.
+    """
+    polyhelm: Polyhelm = request.app.state.polyhelm
     checks = {
-        "engine": "ok" if polyhelm.engine.alive else "the engine has stopped",
-        "store": await run_in_threadpool(_store, polyhelm.store),
+        "engine": OK if polyhelm.engine.alive else "the engine has stopped",
+        "traffic": "the server is going down" if polyhelm.load.draining else OK,
+        "store": await run_in_threadpool(_said, lambda: polyhelm.store.list_artifacts(limit=1)),
+        "keys": _said(lambda: polyhelm.keys.configured),
     }
-    ready = all(state == "ok" for state in checks.values())
-    return JSONResponse({"status": "ok" if ready else "unavailable", "checks": checks}, 200 if ready else 503)
+    if deep and checks["engine"] == OK:
+        checks["generation"] = await polyhelm.deep_check.ask()
+    ready = all(state == OK for state in checks.values())
+    return JSONResponse({"status": OK if ready else "unavailable", "checks": checks}, 200 if ready else 503)
 
 
-def _store(store: object) -> str:
+def _said(check: Any) -> str:
     try:
-        store.list_artifacts(limit=1)  # type: ignore[attr-defined]
-    except Exception as error:  # whatever is wrong with the store, readiness must say so and not fail
+        check()
+    except Exception as error:  # whatever is wrong with it, readiness must say so and not fail
         return f"{type(error).__name__}: {error}"
-    return "ok"
+    return OK

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 
 from kb.encoders.base import EncoderIdentity
-from server.api.admin import admin_scope
 from server.api.errors import EnvelopeRoute
 from server.api.kb_models import (
     CollectionBody,
@@ -19,9 +18,7 @@ from server.api.kb_models import (
     StatsObject,
 )
 
-router = APIRouter(
-    prefix="/v1/kb/collections", tags=["knowledge"], route_class=EnvelopeRoute, dependencies=[Depends(admin_scope)]
-)
+router = APIRouter(prefix="/v1/kb/collections", tags=["knowledge"], route_class=EnvelopeRoute)
 
 
 @router.get("", operation_id="list_kb_collections")
@@ -68,10 +65,10 @@ def get_stats(kb: KbDep, collection: str) -> StatsObject:
 @router.post("/{collection}/snapshots", operation_id="create_kb_snapshot")
 def create_snapshot(kb: KbDep, collection: str) -> dict[str, Any]:
     """Keep the index on disk, so that the next start needn't make it anew."""
-    return {"id": collection, "object": "kb.snapshot", **kb.collection(collection).snapshot()}
+    return {"id": collection, "object": "kb.snapshot", **kb.changing(collection).snapshot()}
 
 
 @router.post("/{collection}/rebuild", operation_id="rebuild_kb_index")
 def rebuild_index(kb: KbDep, collection: str) -> dict[str, Any]:
     """Make the index anew from the facts, while searches go on."""
-    return {"id": collection, "object": "kb.index", **kb.collection(collection).rebuild()}
+    return {"id": collection, "object": "kb.index", **kb.changing(collection).rebuild()}

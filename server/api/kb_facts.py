@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import numpy as np
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi import Query as QueryParameter
 from fastapi.concurrency import run_in_threadpool
 
@@ -13,7 +13,6 @@ from kb.collection import Collection
 from kb.errors import FactNotFound
 from kb.facts import Language
 from kb.filters import Filter
-from server.api.admin import admin_scope
 from server.api.errors import EnvelopeRoute
 from server.api.kb_models import (
     Deletion,
@@ -32,7 +31,6 @@ from server.encoding import BatchedEncoder
 
 PREFIX = "/v1/kb/collections/{collection}/facts"
 router = APIRouter(prefix=PREFIX, tags=["knowledge"], route_class=EnvelopeRoute)
-changes = APIRouter(prefix=PREFIX, tags=["knowledge"], route_class=EnvelopeRoute, dependencies=[Depends(admin_scope)])
 
 
 @router.get("", operation_id="list_kb_facts")
@@ -78,17 +76,17 @@ async def query_facts(kb: KbDep, encoder: EncoderDep, collection: str, query: Qu
     )
 
 
-@changes.post("/delete", operation_id="delete_kb_facts")
+@router.post("/delete", operation_id="delete_kb_facts")
 def delete_facts(kb: KbDep, collection: str, which: Deletion) -> DeletionResult:
     """Delete facts by id or by filter, all in one step. Their history stays."""
-    done = kb.collection(collection).delete(which.ids, which.filter)
+    done = kb.changing(collection).delete(which.ids, which.filter)
     return DeletionResult(deleted=done.facts, missing=done.missing)
 
 
-@changes.delete("/{id}", operation_id="delete_kb_fact", status_code=204)
+@router.delete("/{id}", operation_id="delete_kb_fact", status_code=204)
 def delete_fact(kb: KbDep, collection: str, id: str) -> None:
     """Delete a fact; 404 where there is none."""
-    if not kb.collection(collection).delete([id]).facts:
+    if not kb.changing(collection).delete([id]).facts:
         raise FactNotFound(f"collection {collection!r} has no fact {id!r}", "id")
 
 

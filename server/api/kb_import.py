@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic_core import from_json, to_json
@@ -23,7 +23,6 @@ from kb.errors import FactTooLarge, InvalidFact, KbError
 from kb.facts import FactDraft, parse_draft
 from kb.imports import Importer, LineOutcome, Summary
 from kb.upserts import Outcome
-from server.api.admin import admin_scope
 from server.api.errors import ApiError, EnvelopeRoute, error_body
 from server.api.kb_facts import PREFIX
 from server.api.kb_models import EncoderDep, KbDep
@@ -33,7 +32,7 @@ from server.replays import Replays
 NDJSON = "application/x-ndjson"
 KEY = "Idempotency-Key"
 SPOOL_BYTES = 1 << 20
-router = APIRouter(prefix=PREFIX, tags=["knowledge"], route_class=EnvelopeRoute, dependencies=[Depends(admin_scope)])
+router = APIRouter(prefix=PREFIX, tags=["knowledge"], route_class=EnvelopeRoute)
 
 _BODY = {
     "requestBody": {
@@ -49,7 +48,7 @@ _BODY = {
 @router.put("", operation_id="put_kb_facts", response_model=None, openapi_extra=_BODY)
 async def put_facts(kb: KbDep, encoder: EncoderDep, collection: str, request: Request) -> Response:
     """Write facts: a JSON array, or NDJSON. With `Accept: application/x-ndjson`, lines are answered one by one."""
-    target = await run_in_threadpool(kb.collection, collection)
+    target = await run_in_threadpool(kb.changing, collection)
     encode = await _encode(target, encoder)
     polyhelm = request.app.state.polyhelm
     most = polyhelm.settings.max_fact_bytes

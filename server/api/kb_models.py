@@ -15,8 +15,8 @@ from kb.encoders.base import EncoderIdentity
 from kb.errors import EncoderMismatch
 from kb.facts import Fact, Moment, Text
 from kb.filters import Filter
-from kb.knowledge_base import KnowledgeBase
 from server.encoding import BatchedEncoder
+from server.tenant_kb import TenantKb
 
 
 class EncoderBody(BaseModel):
@@ -129,15 +129,15 @@ class DeletionResult(BaseModel):
     missing: list[str]
 
 
-def _kb(request: Request) -> KnowledgeBase:
-    return request.app.state.polyhelm.kb
+def _kb(request: Request) -> TenantKb:
+    return TenantKb(request.app.state.polyhelm.kb)
 
 
 def _encoder(request: Request) -> BatchedEncoder:
     return request.app.state.polyhelm.encoder
 
 
-KbDep = Annotated[KnowledgeBase, Depends(_kb)]
+KbDep = Annotated[TenantKb, Depends(_kb)]
 EncoderDep = Annotated[BatchedEncoder, Depends(_encoder)]
 
 

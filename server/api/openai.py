@@ -7,11 +7,13 @@ chunk of a stream.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from server import tracing
 from server.api import frozen
 from server.api.errors import ApiError
 from server.api.prepared import Prepared
@@ -19,11 +21,14 @@ from server.api.receipts import Receipt
 from server.api.source_language import prompts_of
 from server.api.steering import Steerer
 from server.engine.bank_directory import BankFull, BankTooSmall
+from server.request_context import current
 
 if TYPE_CHECKING:
     from server.engine.client import Engine
 
 DONE = "data: [DONE]"
+HOLD_SECONDS = 10.0
+"""How long a stream is held back for its first chunk."""
 RESERVED = "polyhelm"
 RENDER = {"create_chat_completion": "render_chat_request", "create_completion": "render_completion_request"}
 """vLLM's own methods that turn a request into prompts of tokens."""
@@ -47,13 +52,18 @@ class SteeringHandler:
         if forged := [key for key in request.vllm_xargs or {} if key.startswith(RESERVED)]:
             # The engine refuses them too, but in a stream that has begun with a 200.
             raise ApiError(400, f"vllm_xargs may not hold {forged[0]!r}: use the 'steering' field", "vllm_xargs")
+        if getattr(request, "prompt_embeds", None) is not None and "inline" not in current().key.scopes:
+            raise ApiError(403, "prompt_embeds needs a key with the scope 'inline'", "prompt_embeds")
         # vLLM's request models keep unknown fields as extras.
         raw = (request.model_extra or {}).pop("steering", None)
         if raw is None:
             return await self._create(request, raw_request)
         if getattr(request, "use_beam_search", False):
             raise ApiError(400, "steering doesn't work with beam search: set use_beam_search to false", "steering")
-        prepared = self._steerer.prepare(raw, lambda: prompts_of(request, self._engine.tokenizer.decode))
+        with tracing.span("steering.resolve") as span:
+            prepared = self._steerer.prepare(raw, lambda: prompts_of(request, self._engine.tokenizer.decode))
+            if span is not None:
+                span.set_attributes({"polyhelm.steering.fingerprint": prepared.program.fingerprint})
         try:
             result = await self._answer(request, raw_request, prepared)
         except BaseException:
@@ -109,19 +119,28 @@ class SteeringHandler:
         return self._steerer.receipt(prepared, counts.touched, counts.cached)
 
     async def _stream(self, chunks: AsyncGenerator[str], prepared: Prepared) -> AsyncGenerator[str]:
-        """Pull the first chunk before answering, so that a refused request gets its status and not a 200."""
+        """Wait for the first chunk before answering, so that a refused request gets its status and not a 200.
+
+        What the engine refuses it refuses at once. A request that waits for longer stands in a queue, and its client,
+        or a proxy before it, for a sign of life.
+        """
+        first = asyncio.ensure_future(anext(chunks))
         try:
-            first = await anext(chunks)
-            refuse_error(first, prepared)
+            await asyncio.wait([first], timeout=HOLD_SECONDS)
+            if first.done():
+                refuse_error(first.result(), prepared)
         except BaseException:
-            await chunks.aclose()
+            await _given_up(first, chunks)
             raise
         # A client that leaves before the first byte drops it unstarted, and asyncio closes the chunks with it.
         return self._chunks(first, chunks, prepared)
 
-    async def _chunks(self, held: str, chunks: AsyncGenerator[str], prepared: Prepared) -> AsyncGenerator[str]:
+    async def _chunks(
+        self, first: asyncio.Future[str], chunks: AsyncGenerator[str], prepared: Prepared
+    ) -> AsyncGenerator[str]:
         try:
             async with aclosing(chunks):
+                held = await first
                 async for chunk in chunks:
                     if chunk.startswith(DONE) and not holds_error(held):
                         held = with_field(held, "steering", (await self._receipt(prepared)).model_dump())
@@ -130,6 +149,12 @@ class SteeringHandler:
                 yield held
         finally:
             prepared.life.end()
+
+
+async def _given_up(first: asyncio.Future[str], chunks: AsyncGenerator[str]) -> None:
+    first.cancel()
+    await asyncio.wait([first])
+    await chunks.aclose()
 
 
 def refuse_error(chunk: str, prepared: Prepared) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from starlette.concurrency import run_in_threadpool
 
 from methods.kinds import OptionError, Recipe
+from server import metrics
 from server.api import conflicts, options, presets
 from server.api.doses import Doses
 from server.api.errors import ApiError
@@ -26,7 +27,8 @@ from server.engine.edits import Edit, Point, Program, ProgramError
 from server.engine.operands import Operand, pack
 from server.engine.site_names import SiteNameError, parse_site, site_name
 from server.engine.spans import Span
-from steering_store import ArtifactVersion, Store
+from server.tenants import check_visible
+from steering_store import ArtifactVersion, Store, parse_reference
 from steering_store.errors import StoreError
 
 
@@ -144,6 +146,7 @@ class Steerer:
 
     def _resolve(self, draft: _Draft, reference: str, param: str) -> ArtifactVersion:
         try:
+            check_visible(parse_reference(reference).name)
             version = self.store.resolve(reference)
         except StoreError as error:
             error.param = param
@@ -260,7 +263,7 @@ class Steerer:
         for each in applied:
             each.sum_up()
         language = prepared.language
-        return Receipt(
+        receipt = Receipt(
             fingerprint=prepared.program.fingerprint,
             mode=prepared.settings.mode,
             source_language=language and language.tag,
@@ -268,6 +271,8 @@ class Steerer:
             applied=applied,
             frozen=frozen,
         )
+        metrics.applied(receipt)
+        return receipt
 
 
 def _condition_layer(condition: Condition, version: ArtifactVersion) -> int | None:

@@ -7,7 +7,7 @@ import os
 import typer
 
 from server import __version__
-from server.cli import artifact, doctor, fit, kb, kb_scope, serve
+from server.cli import artifact, doctor, fit, kb, kb_scope, key, serve
 
 # Standard output is for results. Read by vLLM when it is imported, in this process and in the engine's.
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -19,6 +19,7 @@ app.add_typer(artifact.app, name="artifact")
 app.add_typer(fit.app, name="fit")
 app.add_typer(kb.app, name="kb")
 kb.app.command("train-scope")(kb_scope.train_scope)
+app.add_typer(key.app, name="key")
 app.command(**serve.CONTEXT)(serve.serve)
 app.command()(doctor.doctor)
 

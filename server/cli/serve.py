@@ -45,7 +45,7 @@ def serve(
     from kb.encoders import EncoderError
     from kb.errors import KbError
     from server.app import serve as serve_app
-    from server.engine.frontend import EngineStartError
+    from server.engine.frontend import EngineDied, EngineStartError
     from server.models import ModelError
     from server.progress import Reporter
     from server.settings import Settings
@@ -63,6 +63,6 @@ def serve(
     )
     try:
         serve_app(settings, context.args, Reporter())
-    except (ModelError, EngineStartError, StoreError, KbError, EncoderError, OSError) as error:
+    except (ModelError, EngineStartError, EngineDied, StoreError, KbError, EncoderError, OSError) as error:
         typer.echo(f"polyhelm: {error}", err=True)
         raise typer.Exit(1) from error

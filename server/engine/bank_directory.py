@@ -97,6 +97,12 @@ class BankDirectory:
         self._runs: OrderedDict[str, _Run] = OrderedDict()
         """By key, the least recently used first."""
 
+    @property
+    def resident(self) -> int:
+        """Numbers of the operands that can be read."""
+        with self._lock:
+            return sum(run.want.numbers for run in self._runs.values() if run.loaded)
+
     def reserve(self, requests: Sequence[Sequence[Want]]) -> list[Grant | Refusal | ValueError]:
         """For each request promise room for all of its operands, or for none. A ValueError says that one of them can't
         be an operand, or isn't what lies under its key.

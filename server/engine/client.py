@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from server import tracing
 from server.engine.bank_directory import BankFull
 from server.engine.capture import CaptureSpec
 from server.engine.edits import Program
@@ -32,6 +34,8 @@ from server.engine.seams.core import MISSING
 from server.engine.spans import clip
 from server.engine.spool import Stored, joined
 from server.engine.uploader import Loader, Uploader
+from server.request_context import current
+from server.tenants import cache_salt
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +108,7 @@ class Engine:
         )
         # vLLM's own handlers call it as well.
         self._generate = self.client.generate
-        self.client.generate = self._with_operands  # type: ignore[method-assign]
+        self.client.generate = self._accounted  # type: ignore[method-assign]
 
     async def describe(self) -> None:
         """Ask the workers what they installed."""
@@ -129,6 +133,12 @@ class Engine:
     @property
     def alive(self) -> bool:
         return not self.client.errored
+
+    @property
+    def shutdown_seconds(self) -> int:
+        """vLLM's `--shutdown-timeout`."""
+        seconds: int = self.client.vllm_config.shutdown_timeout
+        return seconds
 
     @property
     def architecture(self) -> str:
@@ -168,9 +178,37 @@ class Engine:
         await self._uploader.ensure(program, loaders)
         _loaders.set(loaders)
 
-    def _with_operands(
+    async def _accounted(
         self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[RequestOutput]:
+        """Generate for the current request: apart from other tenants in the prefix cache, counted, and in a span."""
+        context = current()
+        if (salt := cache_salt(prompt.get("cache_salt"))) is not None:
+            prompt = {**prompt, "cache_salt": salt}
+        deltas = sampling_params.output_kind == RequestOutputKind.DELTA
+        prompt_tokens, counted, generated = 0, 0, Counter[int]()
+        span = tracing.begin("engine.generate", **{"gen_ai.request.model": self.model_name})
+        try:
+            async with aclosing(self._with_operands(prompt, sampling_params, *args, **kwargs)) as outputs:
+                async for output in outputs:
+                    if not prompt_tokens:
+                        prompt_tokens = len(output.prompt_token_ids or ())
+                        context.prompt_tokens += prompt_tokens
+                    for choice in output.outputs:
+                        known = generated[choice.index] if deltas else 0
+                        generated[choice.index] = known + len(choice.token_ids)
+                    context.completion_tokens += generated.total() - counted
+                    counted = generated.total()
+                    yield output
+        finally:
+            tracing.end(
+                span,
+                **{"gen_ai.usage.input_tokens": prompt_tokens, "gen_ai.usage.output_tokens": generated.total()},
+            )
+
+    def _with_operands(
+        self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[RequestOutput]:
         # A forged program is no bytes; vLLM's input processor is about to refuse it.
         if isinstance((sampling_params.extra_args or {}).get(PROGRAM), bytes):
             program = program_of(sampling_params)
@@ -179,7 +217,7 @@ class Engine:
 
     async def _resending(
         self, program: Program, loaders: Mapping[str, Loader] | None, *args: Any, **kwargs: Any
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput]:
         """Generate, and where the engine sends the request back for want of an operand, upload it and send it again.
 
         Raises Unavailable where that is of no use, or where some of several choices were under way already.
@@ -305,6 +343,11 @@ class Engine:
         counts = await self.receipt(receipt)
         check_touched(program, counts.touched, counts.cached, len(token_ids), len(output.outputs[0].token_ids))
         return output
+
+    async def one_token(self) -> None:
+        """Generate a token, for whoever wants to know whether the engine still does."""
+        params = SamplingParams(max_tokens=1, temperature=0, skip_reading_prefix_cache=True, detokenize=False)
+        await self.generate([0], params)
 
     async def run_capture(
         self,

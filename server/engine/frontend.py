@@ -31,6 +31,10 @@ class EngineStartError(RuntimeError):
     """The engine could not be started; the message says why and what to do."""
 
 
+class EngineDied(RuntimeError):
+    """The engine ended by itself while the server ran."""
+
+
 def parse_args(model: ResolvedModel, settings: Settings, extra: Sequence[str]) -> Namespace:
     """vLLM's server arguments, with polyhelm's own filled in. vLLM's parser exits with usage on an unknown one."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -47,6 +51,8 @@ def parse_args(model: ResolvedModel, settings: Settings, extra: Sequence[str]) -
     defaults += ["--host", settings.host, "--port", str(settings.port)]
     # Eager is the only mode that this version steers in; on CPU, compiled SmolLM2 was seen to give wrong text besides.
     defaults += ["--enforce-eager"]
+    # What runs when SIGTERM comes may end; and our own line for each request has what uvicorn's has, and no more.
+    defaults += ["--shutdown-timeout", "30", "--disable-uvicorn-access-log"]
     parser = make_arg_parser(FlexibleArgumentParser(prog="polyhelm serve"))
     args = parser.parse_args([*defaults, *extra])
     validate_parsed_serve_args(args)
@@ -160,6 +166,16 @@ def reopen(app: FastAPI) -> FastAPI:
     # it builds one, from all that is registered, when the first message arrives.
     app.middleware_stack = None
     return app
+
+
+def take_api_keys(app: FastAPI) -> list[str]:
+    """The keys of vLLM's `--api-key`, taken from its own check, which guards only some of the routes."""
+    keys: list[str] = []
+    for middleware in list(app.user_middleware):
+        if getattr(middleware.cls, "__name__", "") == "AuthenticationMiddleware":
+            keys += middleware.kwargs["tokens"]
+            app.user_middleware.remove(middleware)
+    return keys
 
 
 async def serve_app(app: FastAPI, sock: socket.socket, args: Namespace) -> Any:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from server import metrics
 from server.engine.bank_directory import BankFull, BankTooSmall, Want
 from server.engine.edits import Program
 from server.engine.operands import Operand
@@ -106,6 +107,7 @@ class RemoteBank:
                     if not waiting.answer.done():
                         waiting.answer.set_exception(error)
                 continue
+            metrics.bank(answers)
             now = asyncio.get_running_loop().time()
             refused = [
                 waiting
@@ -136,6 +138,7 @@ class RemoteBank:
                 state = await self._call("polyhelm_write", key, serial, start, chunk)
             if state != "written":
                 return state == "loaded"
+            metrics.BANK_UPLOADED.inc(len(chunk))
         state = await self._call("polyhelm_bind", key, serial, operand.pieces)
         return state == "loaded"
 
@@ -165,7 +168,9 @@ class Uploader:
         keys = program.operands
         lacking = [bank for bank in map(self._bank, self._engines()) if not bank.believed.issuperset(keys)]
         if not lacking:
+            metrics.BANK_HITS.inc()
             return
+        metrics.BANK_MISSES.inc()
 
         async def load(key: str) -> Operand:
             return await self._copies.get(key, loaders[key])

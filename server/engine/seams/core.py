@@ -83,11 +83,16 @@ def _new_directory(core: Any) -> BankDirectory:
 
 
 def polyhelm_reserve(self: Any, requests: Sequence[Sequence[Sequence[Any]]]) -> list[dict[str, Any]]:
-    """A `Grant` or a `Refusal` for each request's `Want`s, as a dict; one with `error` where they make no sense."""
-    answers = directory(self).reserve([[Want(*want) for want in wants] for wants in requests])
+    """A `Grant` or a `Refusal` for each request's `Want`s, as a dict; one with `error` where they make no sense.
+
+    Beside it what lies in the bank: `resident_bytes` of `budget_bytes`.
+    """
+    bank = directory(self)
+    answers = bank.reserve([[Want(*want) for want in wants] for wants in requests])
     if evicted := [key for answer in answers if isinstance(answer, Grant) for key in answer.evicted]:
         self.model_executor.collective_rpc("polyhelm_drop", args=(evicted,))
-    return [{"error": str(each)} if isinstance(each, ValueError) else each._asdict() for each in answers]
+    told = {"resident_bytes": 4 * bank.resident, "budget_bytes": 4 * bank.numbers}
+    return [{"error": str(each)} if isinstance(each, ValueError) else each._asdict() | told for each in answers]
 
 
 def polyhelm_write(self: Any, key: str, serial: int, offset: int, data: bytes) -> str:

@@ -28,9 +28,9 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-def artifact_app(store: Store, admin_api_key: str | None = None) -> FastAPI:
+def artifact_app(store: Store) -> FastAPI:
     app = FastAPI()
-    settings = Settings(admin_api_key=admin_api_key)
+    settings = Settings()
     app.state.polyhelm = SimpleNamespace(store=store, settings=settings, leases=Leases(store))
     for module in (aliases, artifact_files, artifacts):
         app.include_router(module.router)

@@ -145,7 +145,7 @@ def test_steering_elsewhere_is_refused(client: Client, path: str, content: bytes
 
 @pytest.mark.parametrize(
     "content",
-    [b'{"steering": null}', b'{"input": "\\"steering\\""}', b'["steering"]', b'{"steering": ', b"\xff", b"", b"\\u"],
+    [b'{"steering": null}', b'{"input": "\\"steering\\""}', b'["steering"]', b'{"steering": ', b"", b"\\u"],
 )
 def test_bodies_without_steering_pass_everywhere(client: Client, content: bytes) -> None:
     client.call(body(content), path="/v1/responses")

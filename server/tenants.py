@@ -1,0 +1,130 @@
+"""Tenants: who owns which artifacts, and what a request's tenant sees of the store.
+
+A tenant owns the names that begin with its own and two hyphens, such as `acme--mood`. All other names belong to nobody:
+every tenant reads them, and only keys without a tenant change them. Of other tenants' names a tenant learns nothing.
+The name alone says it, so that replicas with a shared store agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from server.api.errors import ApiError
+from server.request_context import current
+from steering_store import Alias, ArtifactVersion, AuditEntry, Page, Publication, Reference, Store, presets
+from steering_store.errors import ArtifactNotFound
+from steering_store.labels import FeaturePage
+from steering_store.manifest import parse_manifest
+from steering_store.reference import check_name, parse_reference
+
+SEPARATOR = "--"
+
+
+def owner(name: str) -> str | None:
+    """The tenant that a name belongs to."""
+    tenant, separator, _ = name.partition(SEPARATOR)
+    return tenant if separator else None
+
+
+def visible(name: str, tenant: str | None) -> bool:
+    """Whether a tenant may know of a name. Without a tenant one knows of all."""
+    return tenant is None or owner(name) in (None, tenant)
+
+
+def check_visible(name: str, param: str | None = None) -> None:
+    """Raise ArtifactNotFound where the name isn't for the request's tenant."""
+    if not visible(name, current().key.tenant):
+        # As where there is none of that name: who may not see it doesn't learn that it is there.
+        raise ArtifactNotFound(f"no artifact {name!r}; list the artifacts to see which there are", param)
+
+
+def check_owned(name: str, param: str | None = "name") -> None:
+    """Raise ApiError 403 where the name isn't one of the request's tenant."""
+    tenant = current().key.tenant
+    if tenant is not None and owner(name) != tenant:
+        raise ApiError(
+            403, f"{name!r} isn't yours: this key may change names that begin with {tenant + SEPARATOR!r}", param
+        )
+
+
+class TenantStore:
+    """The store as the tenant of the current request may use it. What isn't here, no route may do."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.max_files, self.max_bytes = store.max_files, store.max_bytes
+
+    def publish(self, name: str, manifest: str | bytes | Mapping[str, object], files: Mapping[str, Any]) -> Publication:
+        check_owned(check_name(name))
+        return self._store.publish(name, presets.pinned(parse_manifest(manifest), self.resolve), files)
+
+    def resolve(self, ref: str | Reference) -> ArtifactVersion:
+        check_visible((parse_reference(ref) if isinstance(ref, str) else ref).name)
+        return self._store.resolve(ref)
+
+    def list_artifacts(
+        self, *, kind: str | None = None, model: str | None = None, after: str | None = None, limit: int = 100
+    ) -> Page:
+        tenant, found = current().key.tenant, list[ArtifactVersion]()
+        while True:
+            page = self._store.list_artifacts(kind=kind, model=model, after=after, limit=limit + 1)
+            found += [version for version in page.items if visible(version.name, tenant)]
+            if len(found) > limit or not page.has_more:
+                return Page(found[:limit], has_more=len(found) > limit)
+            after = page.items[-1].name
+
+    def versions(self, name: str, *, include_yanked: bool = False) -> list[ArtifactVersion]:
+        check_visible(name)
+        return self._store.versions(name, include_yanked=include_yanked)
+
+    def find_features(self, version: ArtifactVersion, query: str = "", **page: Any) -> FeaturePage:
+        check_visible(version.name)
+        return self._store.find_features(version, query, **page)
+
+    def file_path(self, version: ArtifactVersion, path: str) -> Path:
+        check_visible(version.name)
+        return self._store.file_path(version, path)
+
+    def aliases(self, name: str) -> list[Alias]:
+        check_visible(name)
+        return self._store.aliases(name)
+
+    def history(self, name: str, alias: str | None = None) -> list[AuditEntry]:
+        check_visible(name)
+        return self._store.history(name, alias)
+
+    def set_alias(self, name: str, alias: str, version: int, **stated: Any) -> Alias:
+        check_visible(name)
+        check_owned(name)
+        return self._store.set_alias(name, alias, version, **stated)
+
+    def delete_alias(self, name: str, alias: str, **stated: Any) -> None:
+        check_visible(name)
+        check_owned(name)
+        self._store.delete_alias(name, alias, **stated)
+
+    def yank(self, name: str, version: int, **stated: Any) -> ArtifactVersion:
+        check_visible(name)
+        check_owned(name)
+        return self._store.yank(name, version, **stated)
+
+    def unyank(self, name: str, version: int, **stated: Any) -> ArtifactVersion:
+        check_visible(name)
+        check_owned(name)
+        return self._store.unyank(name, version, **stated)
+
+    def delete_version(self, name: str, version: int, **stated: Any) -> None:
+        check_visible(name)
+        check_owned(name)
+        self._store.delete_version(name, version, **stated)
+
+
+def cache_salt(salt: str | None) -> str | None:
+    """The salt of a request's prefix-cache blocks: its tenant's, with the user's own behind it. None for neither.
+
+    A user's salt never makes that of another tenant.
+    """
+    tenant = current().key.tenant
+    return None if tenant is None and salt is None else f"{tenant or ''}\0{salt or ''}"
