@@ -7,7 +7,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
@@ -15,7 +15,7 @@ from kb import encoders
 from kb.index import IndexOptions
 from kb.knowledge_base import KnowledgeBase
 from kb.scope import storage as scope
-from server import experts
+from server import __version__, experts
 from server.api import (
     activations,
     aliases,
@@ -54,6 +54,7 @@ from server.knowledge import Adviser
 from server.locks import holding
 from server.models import ResolvedModel, model_identity, resolve_model
 from server.progress import Reporter
+from server.remote_sources import check_allowed
 from server.replays import Replays
 from server.settings import Settings
 from steering_store import Store, remote_replica
@@ -132,6 +133,7 @@ async def _serve(settings: Settings, model: ResolvedModel, args: Namespace, repo
 
 def open_store(settings: Settings) -> Store:
     """The store that the settings name; one at a URL learns in the background what other machines publish."""
+    check_allowed(settings.store, settings.allowed_remotes)
     store = remote_replica.open_store(
         settings.data_dir,
         settings.store,
@@ -205,13 +207,25 @@ def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
     ):
         steered = SteeringHandler(getattr(state, name), method, *wrap)
         setattr(state, name, KnowledgeHandler(steered, method, polyhelm.adviser))
-    for router in ROUTERS:
-        app.include_router(router)
-    errors.install(app)
+    include_routes(app)
     guard(app, polyhelm)
     polyhelm.fits.start()
     polyhelm.leases.start()
     return app
+
+
+def include_routes(app: FastAPI) -> None:
+    """Our routes, and how all errors are told."""
+    for router in ROUTERS:
+        app.include_router(router, responses=errors.RESPONSES)
+    errors.install(app)
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI document of our routes alone, as docs/openapi.json has it."""
+    app = FastAPI(title="polyhelm", version=__version__)
+    include_routes(app)
+    return app.openapi()
 
 
 def guard(app: FastAPI, polyhelm: Polyhelm) -> None:

@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     """Largest JSON body."""
     store: str | None = None
     """Where the artifacts are: any fsspec URL, such as s3://bucket/prefix. By default `<data-dir>/artifacts`."""
+    allowed_remotes: Annotated[list[str] | None, NoDecode] = None
+    """Where stores and repositories elsewhere may be, separated by commas, such as s3://bucket/prefix,hf://org. Without
+    it anywhere, and nowhere where it is empty.
+    """
     store_cache_bytes: int = Field(10 * 1024 * MiB, ge=0)
     """What files of a store at a URL may take of this disk."""
     store_refresh_seconds: float = Field(10, gt=0)
@@ -99,7 +103,12 @@ class Settings(BaseSettings):
     max_fact_bytes: int = Field(128 * 1024, ge=1024)
     """Largest fact that is accepted, as JSON."""
 
-    @field_validator("points", "map_points", "expert_models", mode="before")
+    @field_validator("points", "map_points", "expert_models", "allowed_remotes", mode="before")
     @classmethod
     def _separated_by_commas(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("allowed_remotes")
+    @classmethod
+    def _without_blanks(cls, value: list[str] | None) -> list[str] | None:
+        return value and [each.strip() for each in value if each.strip()]

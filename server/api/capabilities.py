@@ -53,7 +53,7 @@ class Capabilities(BaseModel):
     limits: dict[str, int | float | None]
 
 
-@router.get("/v1/capabilities")
+@router.get("/v1/capabilities", operation_id="get_capabilities")
 async def get_capabilities(request: Request) -> Capabilities:
     polyhelm = request.app.state.polyhelm
     engine, settings = polyhelm.engine, polyhelm.settings

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from kb import errors as kb
@@ -77,6 +78,25 @@ TYPES: dict[int, str] = {
 }
 
 RETRY_AFTER_SECONDS = {429: "1", 503: "1"}
+
+
+class Problem(BaseModel):
+    """What is wrong; `param` is the field at fault, and `code` the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Envelope(BaseModel):
+    """Every answer other than success."""
+
+    error: Problem
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {422: {"model": Envelope}, "default": {"model": Envelope}}
+"""For the OpenAPI of every route of ours."""
 
 
 class ApiError(Exception):

@@ -56,7 +56,7 @@ def _jobs(request: Request) -> FitJobs:
 Jobs = Annotated[FitJobs, Depends(_jobs)]
 
 
-@router.post("", status_code=202)
+@router.post("", operation_id="create_fit", status_code=202)
 async def create_fit(spec: FitSpec, request: Request, response: Response, jobs: Jobs) -> FitJob:
     """Accept a fit. Poll `Location` until `status` is succeeded, failed or cancelled."""
     most = request.app.state.polyhelm.settings.max_fit_pairs
@@ -70,18 +70,18 @@ async def create_fit(spec: FitSpec, request: Request, response: Response, jobs: 
     return job
 
 
-@router.get("")
+@router.get("", operation_id="list_fits")
 async def list_fits(jobs: Jobs) -> FitList:
     tenant = current().key.tenant
     return FitList(data=[job for job in jobs.list() if visible(job.name, tenant)])
 
 
-@router.get("/{fit_id}")
+@router.get("/{fit_id}", operation_id="get_fit")
 async def get_fit(fit_id: str, jobs: Jobs) -> FitJob:
     return _visible(jobs.get(fit_id))
 
 
-@router.delete("/{fit_id}")
+@router.delete("/{fit_id}", operation_id="cancel_fit")
 async def cancel_fit(fit_id: str, jobs: Jobs) -> FitJob:
     """Stop a queued or running job; 409 when it is over."""
     check_owned(_visible(jobs.get(fit_id)).name, "id")

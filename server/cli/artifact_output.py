@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from server.remote_sources import check_allowed
 from server.settings import Settings
 from steering_store import ArtifactVersion, Store, parse_reference
 from steering_store.errors import StoreError
@@ -48,6 +49,7 @@ def opened(data_dir: Path, url: str | None, *, create: bool = False) -> Store:
     if url is None and not create and not (data_dir / "artifacts").is_dir():
         raise StoreError(f"no artifacts in {str(data_dir)!r}: publish one first, or correct --data-dir")
     settings = Settings()
+    check_allowed(url, settings.allowed_remotes)
     return open_store(
         data_dir,
         url,

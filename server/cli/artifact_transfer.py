@@ -22,6 +22,8 @@ from server.cli.artifact_output import (
 )
 from server.cli.convert import convert as convert_pickle
 from server.cli.foreign import ForeignOptions, draft_of
+from server.remote_sources import check_allowed
+from server.settings import Settings
 from steering_store import ArtifactVersion, Publication, Store, hub
 from steering_store.archive import export_archive, import_archive
 from steering_store.errors import StoreError
@@ -34,6 +36,11 @@ from steering_store.transfer import push as push_version
 MANIFEST = "manifest.json"
 
 
+def remote(url: str) -> RemoteStore:
+    check_allowed(url, Settings().allowed_remotes)
+    return RemoteStore(url)
+
+
 def push(
     ref: Ref,
     to: Annotated[str, typer.Option("--to", envvar="POLYHELM_PUSH_TO", help="The store, such as s3://bucket/prefix.")],
@@ -44,7 +51,7 @@ def push(
 ) -> None:
     """Copy a version into a store elsewhere; what is there already is left alone."""
     with failures_named():
-        pushed = push_version(opened(data_dir, store), ref, RemoteStore(to), by=by)
+        pushed = push_version(opened(data_dir, store), ref, remote(to), by=by)
     if as_json:
         print_json(pushed._asdict() | {"ref": pushed.ref, "store": to})
     else:
@@ -62,7 +69,7 @@ def pull(
 ) -> None:
     """Copy a version from a store elsewhere; `ref` is what it is called there."""
     with failures_named():
-        version, created = pull_version(RemoteStore(source), ref, opened(data_dir, store, create=True))
+        version, created = pull_version(remote(source), ref, opened(data_dir, store, create=True))
     print_published(version, created, as_json)
 
 
@@ -182,6 +189,7 @@ def _import(store: Store, name: str, source: str, options: ForeignOptions) -> Pu
     origin = None
     path = Path(source)
     if source.startswith(hub.SCHEME):
+        check_allowed(source, Settings().allowed_remotes)
         snapshot = hub.download(hub.parse_source(source), max_bytes=store.max_bytes)
         origin, path = str(snapshot.source), snapshot.location
     if not path.exists():
