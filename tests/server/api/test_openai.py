@@ -50,7 +50,7 @@ class Steerer:
     async def vectors(self) -> Any:
         return "the operand"
 
-    def prepare(self, raw: object) -> Prepared:
+    def prepare(self, raw: object, prompts: Any = None) -> Prepared:
         if raw == "bad":
             raise ApiError(422, "steering: bad", "steering")
         fields = raw if isinstance(raw, dict) else {}
