@@ -105,7 +105,7 @@ def test_head_that_drips_is_408(peer: socket.socket, first: bytes) -> None:
     time.sleep(0.1)
     started = time.monotonic()
     try:
-        for byte in REQUEST * 50:
+        for byte in REQUEST + b"X: y\r\n" * 50:
             peer.sendall(bytes([byte]))
             time.sleep(0.02)
             if time.monotonic() - started > SECONDS + 1:
