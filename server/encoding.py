@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from kb.encoders import Encoder, EncoderIdentity
 from kb.encoders.base import check_texts
+from server import metrics, tracing
 
 MAX_BATCH: Final = 32
 
@@ -34,7 +35,8 @@ class BatchedEncoder:
         self._waiting.append((text, future))
         if self._work is None:
             self._work = asyncio.create_task(self._drain())
-        return await future
+        with metrics.KB_ENCODE.time(), tracing.span("kb.encode"):
+            return await future
 
     async def _drain(self) -> None:
         try:

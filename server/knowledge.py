@@ -14,6 +14,7 @@ from kb.knowledge_base import KnowledgeBase
 from kb.languages import detect
 from kb.lookup import Found, find
 from kb.scope import Decider, Text
+from server import metrics, tracing
 from server.api.errors import ApiError
 from server.api.knowledge_schema import Examples, Knowledge, KnowledgeReceipt, Nearest, UsedFact
 from server.encoding import BatchedEncoder
@@ -49,7 +50,8 @@ class Adviser:
         )
         text = Text(question, detect(question), await self._encoder.encode_query(question))
         where = Filter(language=[settings.edit_language]) if settings.edit_language else None
-        found = await run_in_threadpool(find, collection, self._decider, text, where=where)
+        with metrics.KB_SEARCH.time(), tracing.span("kb.search"):
+            found = await run_in_threadpool(find, collection, self._decider, text, where=where)
         used = [each for each in found if each.probability >= settings.min_score][: settings.max_facts]
         receipt = KnowledgeReceipt(
             collection=settings.collection,
@@ -62,6 +64,7 @@ class Adviser:
             facts=[UsedFact(**_scores(each), language=each.fact.language) for each in used],
             nearest=Nearest(**_scores(found[0])) if found and not used else None,
         )
+        metrics.KB_LOOKUPS.labels(receipt.decision).inc()
         if not used:
             return Advice(None, receipt)
         facts = [each.fact for each in used]

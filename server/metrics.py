@@ -28,6 +28,9 @@ IN_FLIGHT_BYTES = Gauge("polyhelm_body_bytes_in_flight", "Bytes of their bodies.
 DRAINING = Gauge(
     "polyhelm_draining", "1 while the server ends what runs and takes nothing new.", multiprocess_mode="max"
 )
+KB_ENCODE = Histogram("polyhelm_kb_encode_seconds", "Until a question is a vector, waiting for others included.")
+KB_SEARCH = Histogram("polyhelm_kb_search_seconds", "Looking for the facts that a question or a vector is about.")
+KB_LOOKUPS = Counter("polyhelm_kb_lookups", "Requests with the knowledge field, by what was decided.", ["decision"])
 FIRST_BYTE = Histogram(
     "polyhelm_time_to_first_byte_seconds",
     "From the request's head to the first byte of its answer's body.",

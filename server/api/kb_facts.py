@@ -13,6 +13,7 @@ from kb.collection import Collection
 from kb.errors import FactNotFound
 from kb.facts import Language
 from kb.filters import Filter
+from server import metrics, tracing
 from server.api.errors import EnvelopeRoute
 from server.api.kb_models import (
     Deletion,
@@ -69,7 +70,8 @@ async def query_facts(kb: KbDep, encoder: EncoderDep, collection: str, query: Qu
     """Find the facts nearest to a text or a vector, among those that are valid now, or `at` a time."""
     found = await run_in_threadpool(kb.collection, collection)
     vector = await _vector(found, encoder, query)
-    (hits,) = await run_in_threadpool(found.search, vector, query.top_k, where=query.filter, at=query.at)
+    with metrics.KB_SEARCH.time(), tracing.span("kb.search"):
+        (hits,) = await run_in_threadpool(found.search, vector, query.top_k, where=query.filter, at=query.at)
     return Matches(
         encoder=EncoderBody(**found.encoder._asdict()),
         data=[Match(score=hit.score, fact=fact_json(hit.fact)) for hit in hits if hit.score >= query.min_score],

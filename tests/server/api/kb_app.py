@@ -34,7 +34,7 @@ def serving(folder: Path, **settings: Any) -> Iterator[TestClient]:
     app.state.polyhelm = SimpleNamespace(
         kb=base, encoder=BatchedEncoder(Ngrams()), replays=replays, settings=Settings(**settings)
     )
-    for router in (kb_collections.router, kb_facts.router, kb_facts.changes, kb_import.router):
+    for router in (kb_collections.router, kb_facts.router, kb_import.router):
         app.include_router(router)
     errors.install(app)
     app.add_middleware(JsonBodies, max_bytes=1 << 20)

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from server.api.authentication import Authentication
+from server.api.request_log import RequestLog
+from server.keys import KeyStore
 from tests.kb.ngrams import Ngrams
 from tests.server.api.artifact_app import assert_refused
 from tests.server.api.kb_app import ROOT, count, fact, query, serving
@@ -150,11 +153,22 @@ def test_an_index_can_be_kept_and_made_anew(client: TestClient) -> None:
     assert (stats["facts"], stats["last_seq"], stats["backend"]) == (5, 5, "sqlite")
 
 
-def test_changes_need_the_admin_key_where_one_is_set(tmp_path: Path) -> None:
-    with serving(tmp_path, admin_api_key="secret") as client:
-        admin = {"Authorization": "Bearer secret"}
-        assert client.put(ROOT, headers=admin).status_code == 201
-        assert client.put(f"{ROOT}/facts", json=[fact(1)], headers=admin).status_code == 200
+def test_a_tenant_writes_to_its_own_collections_and_reads_everybodys(tmp_path: Path) -> None:
+    keys = KeyStore(tmp_path)
+    acme, operator = (
+        {"Authorization": f"Bearer {keys.create('x', {'admin', 'read'}, tenant=tenant)[1]}"}
+        for tenant in ("acme", None)
+    )
+    own = "/v1/kb/collections/acme--facts"
+    with serving(tmp_path) as client:
+        client.app.middleware_stack = None  # type: ignore[attr-defined]
+        client.app.add_middleware(Authentication, keys=keys)  # type: ignore[attr-defined]
+        client.app.add_middleware(RequestLog)  # type: ignore[attr-defined]
+
+        assert client.put(ROOT, headers=acme).status_code == 403
+        for path, headers in ((ROOT, operator), (own, acme)):
+            assert client.put(path, headers=headers).status_code == 201
+            assert client.put(f"{path}/facts", json=[fact(1)], headers=headers).status_code == 200
         calls = [
             ("PUT", ROOT),
             ("DELETE", ROOT),
@@ -164,9 +178,11 @@ def test_changes_need_the_admin_key_where_one_is_set(tmp_path: Path) -> None:
             ("POST", f"{ROOT}/facts/delete"),
             ("DELETE", f"{ROOT}/facts/f1"),
         ]
+        sent = {"ids": ["f1"]}
         for method, path in calls:
-            assert client.request(method, path, json=[]).status_code == 401, path
-            wrong = client.request(method, path, json=[], headers={"Authorization": "Bearer wrong"})
-            assert wrong.status_code == 403, path
-        assert query(client, "number 1") == ["f1"]
-        assert count(client) == 1
+            body = None if path == ROOT else [fact(2)] if method == "PUT" else sent
+            assert client.request(method, path, json=body).status_code == 401, path
+            assert client.request(method, path, json=body, headers=acme).status_code == 403, path
+        asked = client.post(f"{ROOT}/facts/query", json={"query": "number 1"}, headers=acme)
+        assert [each["fact"]["id"] for each in asked.json()["data"]] == ["f1"]
+        assert client.delete(f"{own}/facts/f1", headers=acme).status_code == 204
