@@ -54,6 +54,7 @@ STATUS: dict[type[Exception], int] = {
     kb.KbUnavailable: 503,
     kb.KbError: 500,
     encoders.InvalidText: 422,
+    encoders.UnknownEncoder: 500,
     encoders.EncoderUnavailable: 503,
     encoders.EncoderError: 500,
 }

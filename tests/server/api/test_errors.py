@@ -7,6 +7,8 @@ from fastapi import APIRouter, FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict
 
+from kb import errors as kb_errors
+from kb.encoders import base as encoders
 from server.api import errors
 from server.api.errors import ApiError, EnvelopeRoute, error_response
 from steering_store import errors as store_errors
@@ -44,9 +46,9 @@ def client() -> TestClient:
     return TestClient(app)
 
 
-def test_every_store_error_has_a_status_and_every_status_a_type() -> None:
-    leaves = {cls for cls in vars(store_errors).values() if isinstance(cls, type)}
-    assert leaves <= set(errors.STATUS)
+def test_every_error_of_ours_has_a_status_and_every_status_a_type() -> None:
+    classes = [cls for module in (store_errors, kb_errors, encoders) for cls in vars(module).values()]
+    assert {cls for cls in classes if isinstance(cls, type) and issubclass(cls, Exception)} <= set(errors.STATUS)
     assert set(errors.STATUS.values()) <= set(errors.TYPES)
 
 
