@@ -142,7 +142,7 @@ class Collection:
         """
         if not 1 <= k <= MAX_K:
             raise InvalidFilter(f"top_k is {k}, and can be 1 to {MAX_K}", "top_k")
-        queries = np.asarray(vectors, np.float32)
+        queries = np.asarray(vectors)
         if queries.ndim != 2 or queries.shape[1] != self.encoder.dimension:
             raise InvalidVector(
                 f"query vectors of shape {list(queries.shape)}: collection {self.name!r} takes [queries,"
@@ -197,7 +197,7 @@ class Collection:
         for index, draft in enumerate(drafts):
             given = draft.embedding if draft.embedding is not None else None if vectors is None else vectors[index]
             try:
-                found.append(None if given is None else self._units(np.asarray(given, np.float32)[None])[0])
+                found.append(None if given is None else self._units(np.asarray(given)[None])[0])
             except KbError as exc:
                 errors[index] = exc
                 found.append(None)
@@ -228,11 +228,13 @@ class Collection:
                 f" of encoder {self.encoder.name!r}",
                 "embedding",
             )
-        lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+        exact = np.asarray(rows, np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            lengths = np.linalg.norm(exact, axis=1, keepdims=True)
         if not (np.isfinite(lengths) & (lengths > 0)).all():
             raise InvalidVector("an embedding must have finite numbers, and not only zeros", "embedding")
         # What is of length 1 up to rounding stays as it was sent, so that sending it again changes nothing.
-        return np.where(np.abs(lengths - 1) < 1e-6, rows, (rows / lengths).astype(np.float32))
+        return np.where(np.abs(lengths - 1) < 1e-6, exact, exact / lengths).astype(np.float32)
 
 
 def _raise_first(errors: dict[int, KbError], each: bool) -> None:

@@ -76,7 +76,11 @@ class KnowledgeBase:
         self._catalog.close()
 
     def _find(self, name: str) -> CollectionInfo:
-        found = next((info for info in self._catalog.collections() if info.name == name), None)
+        infos = {info.uid: info for info in self._catalog.collections()}
+        with self._lock:
+            # What another process has deleted takes no more memory here.
+            self._opened = {uid: opened for uid, opened in self._opened.items() if uid in infos}
+        found = next((info for info in infos.values() if info.name == name), None)
         if found is None:
             raise CollectionNotFound(f"no collection {name!r}; create it, or list those that there are", "collection")
         return found

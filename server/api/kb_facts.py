@@ -93,8 +93,8 @@ def delete_fact(kb: KbDep, collection: str, id: str) -> None:
 
 
 async def _vector(collection: Collection, encoder: BatchedEncoder, query: Query) -> np.ndarray:
-    """float32 [1, dimension]. Raises EncoderMismatch."""
+    """[1, dimension]. Raises EncoderMismatch."""
     if query.embedding is not None:
-        return np.array([query.embedding], np.float32)
+        return np.array([query.embedding])
     check_encoder(collection, await encoder.identity())
     return (await encoder.encode_query(query.query or ""))[None]

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic_core import from_json, to_json
+from starlette.requests import ClientDisconnect
 
 from kb.collection import Collection, Encode
 from kb.encoders import EncoderError
@@ -127,6 +128,8 @@ async def _stream(request: Request, collection: Collection, encode: Encode | Non
         async for piece in request.stream():
             await run_in_threadpool(_feed, importer, piece, spool, once)
         await run_in_threadpool(_feed, importer, None, spool, once)
+    except ClientDisconnect:
+        stopped = ApiError(400, "the client left before the end of the stream")
     except (KbError, EncoderError) as exc:
         stopped = exc
     finally:

@@ -265,7 +265,7 @@ def test_embeddings_are_taken_at_length_one_and_checked(collection: Collection, 
     (hit,) = collection.search(vector[None], 1)[0]
     assert hit.score == pytest.approx(1)
     assert collection.upsert([draft("peru", embedding=vector.tolist())])[0].status == "unchanged"
-    for bad in ([1.0] * 63, [0.0] * 64, [float("nan")] * 64, [float("inf")] * 64, []):
+    for bad in ([1.0] * 63, [0.0] * 64, [float("nan")] * 64, [float("inf")] * 64, [1e300] * 64, []):
         with pytest.raises(InvalidVector) as refused:
             collection.upsert([draft("italy"), draft("kenya", embedding=bad)], [vector, None])
         assert refused.value.param == "1.embedding"

@@ -37,6 +37,7 @@ class LiveIndex:
         # Held to change which index is used, and to bring it up to date; searches hold the second one to read.
         self._updating = threading.Lock()
         self._lock = ReadWriteLock()
+        self._starting = threading.Lock()
         self._upkeep: threading.Thread | None = None
         self._snapshot_seq = 0
         self._source = "facts"
@@ -180,10 +181,12 @@ class LiveIndex:
 
     def _tend(self) -> None:
         """Start what is due in the background, one thing at a time."""
-        if self._due() is None or (self._upkeep is not None and self._upkeep.is_alive()):
+        if self._due() is None:
             return
-        self._upkeep = threading.Thread(target=self._do, name=f"kb {self._info.name}", daemon=True)
-        self._upkeep.start()
+        with self._starting:
+            if self._upkeep is None or not self._upkeep.is_alive():
+                self._upkeep = threading.Thread(target=self._do, name=f"kb {self._info.name}", daemon=True)
+                self._upkeep.start()
 
     def _due(self) -> Callable[[], object] | None:
         index = self._loaded()
