@@ -93,6 +93,7 @@ def check(collection: Collection, model: Model) -> None:
         assert abs(best.score - 1) < 1e-5 and best.fact.answer == known.answer, (id, known, best)
     if not alive:
         assert collection.search(queries, 10) == [[]]
+    assert collection.stats().index["facts"] == len(alive)
     assert {id: vector.shape for id, vector in _vectors(collection).items()} == dict.fromkeys(alive, (64,))
     for id, known in model.facts.items():
         assert [fact.version for fact in collection.history(id)] == list(range(1, known.version + 1))

@@ -214,6 +214,14 @@ def test_a_search_finds_as_many_as_match_however_few(collection: Collection, enc
     assert len(found(collection, encoder, "country 1", 1000)) == 300
 
 
+def test_in_a_filter_true_is_not_one(collection: Collection, encoder: Ngrams) -> None:
+    write(collection, encoder, draft("italy", metadata={"flag": 1}), draft("peru", metadata={"flag": True}))
+    for value, expected in ((True, ["peru"]), (1, ["italy"]), (1.0, ["italy"]), ("1", []), (False, [])):
+        where = Filter(metadata={"flag": value})
+        assert found(collection, encoder, "capital", 5, where=where) == expected
+        assert [fact.id for fact in collection.facts(where).facts] == expected
+
+
 def test_only_facts_that_hold_at_the_time_are_found(collection: Collection, encoder: Ngrams) -> None:
     fall, reunion = datetime(1990, 10, 3, tzinfo=UTC), datetime(1990, 10, 3)
     write(
@@ -265,6 +273,10 @@ def test_embeddings_are_taken_at_length_one_and_checked(collection: Collection, 
     (hit,) = collection.search(vector[None], 1)[0]
     assert hit.score == pytest.approx(1)
     assert collection.upsert([draft("peru", embedding=vector.tolist())])[0].status == "unchanged"
+    other = np.arange(64, dtype=np.float32)
+    assert collection.upsert([draft("peru", embedding=other.tolist())])[0].status == "updated"
+    (hit,) = collection.search(other[None], 1)[0]
+    assert hit.score == pytest.approx(1)
     for bad in ([1.0] * 63, [0.0] * 64, [float("nan")] * 64, [float("inf")] * 64, [1e300] * 64, []):
         with pytest.raises(InvalidVector) as refused:
             collection.upsert([draft("italy"), draft("kenya", embedding=bad)], [vector, None])

@@ -106,6 +106,15 @@ def live_index(collection: Collection) -> Any:
     return store.index
 
 
+def test_a_deleted_fact_is_dead_in_the_index(reopen: Open) -> None:
+    collection = reopen()
+    write(collection, *map(draft, range(9)))
+    assert len(ids(collection)) == 9
+    collection.delete(["f1", "f2"])
+    assert len(ids(collection)) == 7
+    assert (collection.stats().index["facts"], collection.stats().index["dead"]) == (7, 2)
+
+
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
 def test_a_snapshot_is_used_and_what_it_lacks_is_read(reopen: Open, kind: str) -> None:
     collection = reopen(kind=kind)
