@@ -3,10 +3,10 @@
 For Linux machines where no image can be pulled and no daemon runs. Needs root, and Debian's debootstrap, buildah and
 util-linux. What is checked: the shipped Dockerfile builds; the service runs as its user without capabilities on a
 read-only root, and as a user without a name; HEALTHCHECK fails before it serves and passes then; it answers; SIGTERM
-lets a running answer end, and ends it with 0. Writes about 16 GiB into --work, and removes them.
+lets a running answer end, and ends it with 0. Writes about 16 GiB into --work.
 
-    python3 docker/check_image.py --torch-index ADDRESS
-    python3 docker/check_image.py --pip-conf pip.conf --mount /wheels:/wheels   # packages from a folder of this machine
+    python3 docker/check_image.py --work FOLDER --torch-index ADDRESS
+    python3 docker/check_image.py --work FOLDER --pip-conf pip.conf --mount /wheels:/wheels
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ mount --make-rprivate /
 mount --bind "$ROOT" "$ROOT"
 mount -o remount,bind,ro "$ROOT"
 mount -t proc proc "$ROOT/proc"
+mount -t sysfs -o ro sysfs "$ROOT/sys"
 mount -t tmpfs tmpfs "$ROOT/tmp"
 mount -t tmpfs tmpfs "$ROOT/dev"
 mkdir "$ROOT/dev/shm"
 mount -t tmpfs -o mode=1777 tmpfs "$ROOT/dev/shm"
 for each in null zero full random urandom; do touch "$ROOT/dev/$each"; mount --bind "/dev/$each" "$ROOT/dev/$each"; done
+for each in hosts hostname resolv.conf; do
+    if test -e "$ROOT/etc/$each"; then mount --bind "/etc/$each" "$ROOT/etc/$each"; fi
+done
 for each in data cache; do mount --bind "$VOLUMES/$each" "$ROOT/$each"; done
 exec chroot "$ROOT" "$@"
 """
@@ -50,7 +54,8 @@ exec chroot "$ROOT" "$@"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where to make a folder")
+    parser.add_argument("--work", type=Path, required=True, help="a folder, which is removed at the end")
+    parser.add_argument("--keep", action="store_true", help="keep it, and next time check the image that is in it")
     parser.add_argument("--torch-index", default="", help="address of PyTorch's CPU wheel index")
     parser.add_argument("--pip-conf", help="pip.conf of a mirror, given to the build as a secret")
     parser.add_argument("--mount", action="append", default=[], help="FROM:TO, read-only in the build; repeatable")
@@ -58,17 +63,20 @@ def main() -> None:
     missing = [name for name in ("debootstrap", "buildah", "unshare", "nsenter") if shutil.which(name) is None]
     if os.geteuid() != 0 or missing:
         sys.exit(f"needs root, and these programs: {', '.join(missing) or 'all are here'}")
-    with tempfile.TemporaryDirectory(dir=arguments.work, prefix="image-", ignore_cleanup_errors=True) as folder:
-        try:
-            check(Path(folder), arguments)
-        finally:
-            buildah(Path(folder), "rm", "--all", check=False)
-            buildah(Path(folder), "rmi", "--all", "--force", check=False)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if not buildah(arguments.work, "images", "--quiet", IMAGE, check=False):
+        base_image(arguments.work)
+        build(arguments.work, arguments)
+    try:
+        check(arguments.work)
+    finally:
+        buildah(arguments.work, "rm", "--all", check=False)
+        if not arguments.keep:
+            buildah(arguments.work, "rmi", "--all", "--force", check=False)
+            shutil.rmtree(arguments.work)
 
 
-def check(work: Path, arguments: argparse.Namespace) -> None:
-    base_image(work)
-    build(work, arguments)
+def check(work: Path) -> None:
     container = buildah(work, "from", "--pull-never", IMAGE)
     root = Path(buildah(work, "mount", container))
     config = json.loads(buildah(work, "inspect", "--type", "image", IMAGE))["OCIv1"]["config"]
@@ -78,8 +86,9 @@ def check(work: Path, arguments: argparse.Namespace) -> None:
     say("image", f"{sum(f.lstat().st_blocks * 512 for f in root.rglob('*')) / 2**30:.2f} GiB", config["User"] == USER)
     check_files(root)
     # In the order of a container's life: a first start on empty volumes, and a second one by a user without a name.
-    check_service(work / "first", root, config, USER)
-    check_service(work / "second", root, config, NAMELESS)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        check_service(Path(folder) / "first", root, config, USER)
+        check_service(Path(folder) / "second", root, config, NAMELESS)
 
 
 def base_image(work: Path) -> None:
