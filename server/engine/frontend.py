@@ -164,6 +164,7 @@ def reopen(app: FastAPI) -> FastAPI:
     """Let vLLM's app take handlers and middleware again, before it serves."""
     # vLLM's bootstrap for SageMaker has built the stack already, and Starlette takes none after that; without a stack
     # it builds one, from all that is registered, when the first message arrives.
+    _keep_http_metrics(app)
     app.middleware_stack = None
     return app
 
@@ -176,6 +177,21 @@ def take_api_keys(app: FastAPI) -> list[str]:
             keys += middleware.kwargs["tokens"]
             app.user_middleware.remove(middleware)
     return keys
+
+
+def _keep_http_metrics(app: FastAPI) -> None:
+    """Let the next stack count requests in the metrics of the present one."""
+    from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
+
+    layer: Any = app.middleware_stack
+    while layer is not None and not isinstance(layer, PrometheusInstrumentatorMiddleware):
+        layer = getattr(layer, "app", None)
+    if layer is None:
+        return
+    # A second instance can't register metrics of the same names, and would go on without any, saying nothing.
+    for middleware in app.user_middleware:
+        if middleware.cls is PrometheusInstrumentatorMiddleware:
+            middleware.kwargs["instrumentations"] = layer.instrumentations
 
 
 async def serve_app(app: FastAPI, sock: socket.socket, args: Namespace) -> Any:

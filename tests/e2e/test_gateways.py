@@ -99,7 +99,7 @@ def test_an_artifact_larger_than_other_bodies_passes(server: Server, proxied: Ga
     width = server.capabilities["hidden_size"]
     features = 4096
     tensors = {
-        "encoder": np.zeros((features, width), np.float32),
+        "encoder": np.ones((features, width), np.float32),
         "decoder": np.ones((features, width), np.float32),
         "encoder_bias": np.zeros(features, np.float32),
     }

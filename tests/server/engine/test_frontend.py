@@ -6,6 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from prometheus_fastapi_instrumentator import Instrumentator
+from starlette.testclient import TestClient
 
 from server.engine import frontend
 from server.settings import Settings
@@ -41,3 +45,14 @@ def test_a_plugin_list_without_polyhelm_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("VLLM_PLUGINS", "another,one")
     with pytest.raises(frontend.EngineStartError, match="VLLM_PLUGINS leaves out polyhelm"):
         frontend.serve_several(Namespace(), Settings())
+
+
+def test_requests_are_counted_after_the_app_was_reopened() -> None:
+    registry = CollectorRegistry()
+    app = FastAPI()
+    Instrumentator(registry=registry).add().instrument(app)
+    app.middleware_stack = app.build_middleware_stack()  # as vLLM's bootstrap for SageMaker does
+    frontend.reopen(app)
+    TestClient(app).get("/openapi.json")
+    labels = {"handler": "/openapi.json", "method": "GET", "status": "2xx"}
+    assert registry.get_sample_value("http_requests_total", labels) == 1
