@@ -21,7 +21,7 @@ from tests.e2e.gateways import NAMES, Gateway, gateway
 if TYPE_CHECKING:
     from tests.e2e.conftest import Server
 
-STREAMS, TOKENS = 50, 24
+STREAMS, TOKENS, EVENTS = 50, 24, 5
 MAX_BODY = 16 << 20
 ONE = {"interventions": [{"artifact": "one", "strength": 1.0}]}
 SENT = {
@@ -149,10 +149,11 @@ def test_metrics_are_not_for_clients(server: Server, proxied: Gateway) -> None:
     assert server.client.get("/metrics").status_code == 200
 
 
-class Echo(BaseHTTPRequestHandler):
-    """Answers with the headers that reached it."""
+class Upstream(BaseHTTPRequestHandler):
+    """GET answers with the headers that reached it. POST streams events, each once the one before has arrived."""
 
     protocol_version = "HTTP/1.1"
+    arrived = threading.Semaphore(0)
 
     def do_GET(self) -> None:
         content = json.dumps({name.lower(): value for name, value in self.headers.items()}).encode()
@@ -161,14 +162,28 @@ class Echo(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for _ in range(EVENTS):
+            self.wfile.write(b"9\r\ndata: x\n\n\r\n")
+            self.wfile.flush()
+            if not self.arrived.acquire(timeout=5):
+                self.close_connection = True
+                return
+        self.wfile.write(b"0\r\n\r\n")
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
 @pytest.fixture
-def echo() -> Iterator[int]:
-    """The port of a server that says what reached it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+def upstream() -> Iterator[int]:
+    """The port of an `Upstream`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -179,8 +194,8 @@ def echo() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_keys_request_ids_and_traces_pass_unchanged(name: str, echo: int, tmp_path: Path) -> None:
-    with gateway(name, echo, tmp_path / name) as running, running.client() as client:
+def test_keys_request_ids_and_traces_pass_unchanged(name: str, upstream: int, tmp_path: Path) -> None:
+    with gateway(name, upstream, tmp_path / name) as running, running.client() as client:
         arrived = client.get("/v1/models", headers=SENT).json()
         made = client.get("/v1/models", headers={"X-Forwarded-For": "1.2.3.4"}).json()
     assert {key: arrived.get(key.lower()) for key in SENT} == SENT
@@ -191,8 +206,20 @@ def test_keys_request_ids_and_traces_pass_unchanged(name: str, echo: int, tmp_pa
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_event_is_passed_on_before_the_next_one_is_made(name: str, upstream: int, tmp_path: Path) -> None:
+    events = 0
+    with gateway(name, upstream, tmp_path / name) as running, running.client() as client:
+        with client.stream("POST", "/v1/completions", json={}) as response:
+            for line in response.iter_lines():
+                if line:
+                    events += 1
+                    Upstream.arrived.release()
+    assert events == EVENTS
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_without_a_server_the_error_has_the_envelope(name: str, tmp_path: Path) -> None:
-    unused = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    unused = ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
     port = unused.server_address[1]
     unused.server_close()
     with gateway(name, port, tmp_path / name) as running, running.client() as client:
