@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 LONGEST = 4000
 """Characters that are looked at."""
 
+PARENTS = {"wuu": "zh"}
+"""Told apart by py3langid, and hardly so in writing: one in twenty sentences of Mandarin news passes for Wu."""
+
 
 class Identified(NamedTuple):
     """An ISO 639-1 tag, and how sure it is, from 0 to 1."""
@@ -22,7 +25,7 @@ class Identified(NamedTuple):
 def identified(text: str) -> Identified:
     """The most probable language of a text. Any text has one, also an empty one: look at the probability."""
     language, probability = _identifier().classify(text[:LONGEST])
-    return Identified(language, float(probability))
+    return Identified(PARENTS.get(language, language), float(probability))
 
 
 @cache
