@@ -137,7 +137,7 @@ def _run(
         )
     except ValidationError as error:
         first = untagged(error.errors()[0])
-        fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 2)
+        fail(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))), 2)
     reporter = Reporter()
     try:
         if common.url:

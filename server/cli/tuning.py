@@ -68,7 +68,7 @@ def options(
     test: Annotated[
         Path | None,
         typer.Option(
-            envvar="POLYHELM_TEST",
+            envvar="POLYHELM_TEST_SET",
             exists=True,
             dir_okay=False,
             help="The test set, in the same form: refuse to tune on any item of it.",
