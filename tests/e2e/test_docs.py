@@ -70,12 +70,15 @@ def inputs(server: Server, pairs: list[dict[str, str]]) -> dict[str, bytes]:
     questions = [{"prompt": f"Is it {word}?", "positive": "no", "negative": "yes"} for word in WORDS]
     translated = [{"source": f"Il fait {word}", "target": f"It is {word}"} for word in WORDS]
     parallel = [{"texts": {code: text.format(word) for code, text in LANGUAGES.items()}} for word in WORDS]
+    tasks = [{"prompt": f"A {word} day is", "choices": [" good", " bad"], "answer": 0} for word in WORDS]
     return {
         "pairs.jsonl": jsonl(*pairs),
         "refusals.jsonl": jsonl(*pairs),
         "questions.jsonl": jsonl(*questions),
         "swahili.jsonl": jsonl(*translated),
         "parallel.jsonl": jsonl(*parallel),
+        "task.jsonl": jsonl(*(each | {"split": "validation"} for each in tasks[:3])),
+        "test.jsonl": jsonl(*(each | {"split": "test"} for each in tasks[3:])),
         "manifest.json": json.dumps(server.manifest()).encode(),
         "vectors.safetensors": save(server.vectors(1)),
     }
