@@ -1,15 +1,14 @@
 """How well do INCLINE's maps predict English states of sentences that they were not fitted on?
 
-Captures the last-token state of parallel sentences at every layer on a running server, fits methods/incline.py on lines
-1 to N and takes the squared error on lines 501 to 1000, relative to predicting the mean English state: 1 is knowing
-nothing of the sentence, `identity` is doing nothing. Writes results/incline_alignment.json and a section of
-docs/results.md; exits with 1 unless ridge on 500 sentences is below identity and below 1 at every layer and language.
+Captures the last-token state of parallel sentences at every layer, fits methods/incline.py on lines 1 to N and takes
+the squared error on lines 501 to 650, relative to predicting the mean English state: 1 is knowing nothing of the
+sentence, `identity` is doing nothing. Writes results/incline_alignment.json and a section of docs/results.md; exits
+with 1 unless ridge on 500 sentences is below identity and below 1 at every layer and language.
 
 DATA is a folder with NTREX-128 (CC-BY-SA-4.0, github.com/MicrosoftTranslator/NTREX): newstest2019-src.eng.txt and
-newstest2019-ref.LANGUAGE.txt.
+newstest2019-ref.LANGUAGE.txt. Captured states are kept in --states, where an interrupted run goes on.
 
-    POLYHELM_ACCEPT_GEMMA_TERMS=1 .venv/bin/polyhelm serve --model gemma3-270m      # in another terminal
-    .venv/bin/python benchmarks/incline_alignment.py DATA --states FOLDER
+    .venv/bin/python benchmarks/incline_alignment.py DATA --model polyhelm-data/models/gemma3-270m --states FOLDER
 """
 
 from __future__ import annotations
@@ -20,56 +19,42 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 from environment import describe, environment
+from local_model import LocalModel
 from results_page import publish
-from safetensors.numpy import load
 
 from methods import incline
+from server.models import model_identity
 
-LANGUAGES = ("deu", "fra", "rus", "arb", "zho-CN", "swa", "tam", "tur")
+LANGUAGES = ("deu", "rus", "tha", "tur", "swa", "vie", "ind", "zho-CN")
 SIZES = (100, 200, 300, 400, 500)
-FITTED, SENTENCES, BATCH = 500, 1000, 100
-RANKS = (16, 64, 256)
-SHOWN_LAYERS = (5, 10, 14, 17)
+FITTED, HELD_OUT = 500, 150
+RANKS = (32, 128)
+SHOWN_LAYERS = (5, 11, 17)
 
 
-def capture(client: httpx.Client, sentences: list[str], layers: int) -> np.ndarray:
-    """[sentences, layers, hidden], at the last token."""
-    found = []
-    for start in range(0, len(sentences), BATCH):
-        body = {"prompts": sentences[start : start + BATCH], "sites": {"points": ["resid_post"], "layers": None}}
-        response = client.post("/v1/activations", json=body)
-        if response.is_error:
-            raise RuntimeError(f"{response.status_code}: {response.text}")
-        tensors = load(response.content)
-        for index in range(len(body["prompts"])):
-            found.append(np.stack([tensors[f"{index}.resid_post.{layer}"][0] for layer in range(layers)]))
-    return np.stack(found)
-
-
-def states(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any], float | None]:
-    """By language, `eng` among them; what the server says of its model; and the seconds that capturing 1,000 sentences
-    took, where any had to be.
+def states(data: Path, folder: Path, model: Path, languages: list[str]) -> tuple[dict[str, np.ndarray], float | None]:
+    """By language, `eng` among them, [sentences, layers, hidden] at the last token; and the seconds that capturing
+    a language took, where any had to be.
     """
-    with httpx.Client(base_url=options.url, timeout=600) as client:
-        capabilities = client.get("/v1/capabilities").raise_for_status().json()
-        found, seconds = {}, []
-        for language in ("eng", *options.languages):
-            kept = options.states / f"{capabilities['model']['weights_digest'].partition(':')[2][:16]}.{language}.npy"
-            if kept.exists():
-                found[language] = np.load(kept, allow_pickle=False)
-                continue
-            started = time.monotonic()
-            side = "src" if language == "eng" else "ref"
-            lines = (options.data / f"newstest2019-{side}.{language}.txt").read_text("utf-8").splitlines()
-            found[language] = capture(client, lines[:SENTENCES], capabilities["layers"])
-            seconds.append(time.monotonic() - started)
-            np.save(kept, found[language])
-            print(f"{language}: captured in {seconds[-1]:.0f} s", flush=True)
-    keys = ("id", "architecture", "weights_digest", "dtype")
-    return found, {key: capabilities["model"][key] for key in keys}, float(np.mean(seconds)) if seconds else None
+    loaded, found, seconds = None, {}, []
+    prefix = model_identity(str(model))["weights_digest"].partition(":")[2][:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for language in ("eng", *languages):
+        kept = folder / f"{prefix}.{language}.npy"
+        if kept.exists():
+            found[language] = np.load(kept, allow_pickle=False)[: FITTED + HELD_OUT]
+            continue
+        loaded = loaded or LocalModel(model)
+        started = time.monotonic()
+        side = "src" if language == "eng" else "ref"
+        lines = (data / f"newstest2019-{side}.{language}.txt").read_text("utf-8").splitlines()
+        found[language] = loaded.last_states(lines[: FITTED + HELD_OUT])
+        seconds.append(time.monotonic() - started)
+        np.save(kept, found[language])
+        print(f"{language}: captured in {seconds[-1]:.0f} s", flush=True)
+    return found, float(np.mean(seconds)) if seconds else None
 
 
 def relative(predicted: np.ndarray, target: np.ndarray, mean: np.ndarray) -> float:
@@ -98,7 +83,8 @@ def layer_results(source: np.ndarray, english: np.ndarray, in_full: bool) -> dic
     for size in SIZES if in_full else (FITTED,):
         ridge[str(size)], fitted = error(size)
         chosen[str(size)] = {"ridge": fitted.ridge, "leave_one_out": fitted.error}
-        min_norm[str(size)] = error(size, solver="min_norm")[0]
+        if in_full:
+            min_norm[str(size)] = error(size, solver="min_norm")[0]
     h, t = source[:FITTED].astype(np.float64), english[:FITTED].astype(np.float64)
     best = chosen[str(FITTED)]["ridge"]
     found = {
@@ -114,21 +100,20 @@ def layer_results(source: np.ndarray, english: np.ndarray, in_full: bool) -> dic
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    found, model, capture_seconds = states(options)
-    rows, fit_seconds = {}, 0.0
+    found, capture_seconds = states(options.data, options.states, options.model, options.languages)
+    rows = {}
     for language in options.languages:
         layers = range(found["eng"].shape[1])
         rows[language] = [
             layer_results(found[language][:, layer], found["eng"][:, layer], layer in SHOWN_LAYERS) for layer in layers
         ]
-        started = time.monotonic()
-        incline.fit(found[language][:FITTED], found["eng"][:FITTED], incline.Config("x"))
-        fit_seconds += time.monotonic() - started
         print(f"{language}: {[round(row['ridge'][str(FITTED)], 2) for row in rows[language]]}", flush=True)
+    started = time.monotonic()
+    incline.fit(found[options.languages[0]][:FITTED], found["eng"][:FITTED], incline.Config("x"))
     return {
-        "model": model,
-        "capture_seconds_per_1000_sentences": capture_seconds,
-        "fit_seconds_per_language": fit_seconds / len(options.languages),
+        "model": options.model.name,
+        "capture_seconds_per_language": capture_seconds,
+        "fit_seconds_per_language": time.monotonic() - started,
         "languages": rows,
         "environment": environment(),
     }
@@ -179,13 +164,16 @@ def section(results: dict[str, Any]) -> str:
         if not failed
         else f"NOT below identity and the mean everywhere: {'; '.join(failed)}"
     )
-    capturing = results["capture_seconds_per_1000_sentences"]
-    captured = "" if capturing is None else f"Capturing 1,000 sentences at all layers took {capturing:.0f} s. "
+    capturing = results["capture_seconds_per_language"]
+    captured = (
+        "" if capturing is None else f"Capturing {FITTED + HELD_OUT} sentences at all layers took {capturing:.0f} s. "
+    )
     estimates = [abs(row["chosen"][last]["leave_one_out"] / row["ridge"][last] - 1) for row in everything]
     return f"""## INCLINE: maps on held-out sentences
 
-`benchmarks/incline_alignment.py`: {results["model"]["id"]}, NTREX-128, state of the last token, fitted on lines 1 to N,
-squared error on lines 501 to 1000 relative to predicting the mean English state. Ridge on 500 sentences is {verdict}.
+`benchmarks/incline_alignment.py`: {results["model"]}, NTREX-128, state of the last token, fitted on lines 1 to N,
+squared error on the {HELD_OUT} lines from 501 on relative to predicting the mean English state. Ridge
+on 500 sentences is {verdict}.
 
 Layers {", ".join(map(str, SHOWN_LAYERS))} (counted from 0) with N = 500; the last column is the worst of all layers.
 
@@ -205,7 +193,7 @@ By λ, in units of the mean squared length of a state, with N = 500, for the sam
 |{"---:|" * (len(incline.RIDGES) + 1)}
 {ridges} | {average(lambda row: row["ridge"][last])} |
 
-The leave-one-out error that a fit reports is within {np.quantile(estimates, 0.9):.0%} of the error on lines 501 to 1000
+The leave-one-out error that a fit reports is within {np.quantile(estimates, 0.9):.0%} of the error on held-out lines
 for nine layers in ten. Stored as factors the error is {ranks}, and {average(lambda row: row["ridge"][last])} as it is.
 
 {captured}Fitting a language at all layers took {results["fit_seconds_per_language"]:.0f} s. Other programs ran on the
@@ -218,7 +206,7 @@ Measured {describe(results["environment"])}.
 def main() -> int:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments.add_argument("data", type=Path, help="the folder with NTREX-128")
-    arguments.add_argument("--url", default="http://127.0.0.1:8000", help="a running server")
+    arguments.add_argument("--model", type=Path, required=True, help="folder of the model")
     arguments.add_argument("--states", type=Path, required=True, help="a folder to keep captured states in, and reuse")
     arguments.add_argument("--languages", nargs="+", default=list(LANGUAGES))
     results = measure(arguments.parse_args())

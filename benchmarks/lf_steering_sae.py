@@ -5,9 +5,9 @@ of the articles; and measures FVU and L0 on the last fifth, as trained and with 
 uses. Attention sinks are left out: the first token of each window, and tokens ten times as long as the median one. They
 would be most of the variance and flatter the FVU; `with_sinks` has the held-out numbers with the latter.
 
-Writes results/lf_steering_sae.json and, in the work folder, the rows, the checkpoint and the SAE; an interrupted run
-goes on from there. Exits with 1 unless the FVU is below 0.25 at an L0 of at most 64 on the held-out text, in both
-forms.
+Writes results/lf_steering_sae.json, a section of docs/results.md and, in the work folder, the rows, the checkpoint and
+the SAE; an interrupted run goes on from there. Exits with 1 unless the FVU is below 0.25 at an L0 of at most 64 on the
+held-out text, in both forms.
 
     POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/lf_steering_sae.py --model polyhelm-data/models/smollm2 --work
     WORK
@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import environment
+from environment import describe, environment
+from results_page import publish
 from safetensors.numpy import save_file
 
 from methods.sae import Quality, Sae, calibrated, ordinary, quality
@@ -35,7 +36,6 @@ from methods.sae_training import Config, Training, train
 
 os.environ["POLYHELM_ENGINE"] = "1"  # before vllm is imported
 
-RESULTS = Path(__file__).parent / "results" / "lf_steering_sae.json"
 WINDOW, BATCH = 256, 64
 FVU, L0 = 0.25, 64
 
@@ -123,9 +123,33 @@ def main() -> int:
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "curve": [point._asdict() for point in training.curve],
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    publish("lf_steering_sae", results, section(results))
     print(json.dumps(found, indent=1), f"{seconds:.0f} s")
     return 0 if good else 1
+
+
+def section(results: dict[str, Any]) -> str:
+    config, text, claim = results["config"], results["text"], results["claim"]
+    lines = [
+        f"| {form}, {part} | {row['fvu']:.3f} | {row['l0']:.1f} | {row['dead']:.1%} |"
+        for form, parts in results["quality"].items()
+        for part, row in (("training text", parts["train"]), ("held-out text", parts["held_out"]))
+    ]
+    return f"""## LF-Steering: the sparse auto-encoder
+
+`benchmarks/lf_steering_sae.py`: {results["model"]}, {results["site"]}, {config["architecture"]} with
+{config["features"]} features and k {config["k"]}, {config["steps"]} steps of {config["batch"]} on {text["train"]}
+tokens of {text["name"]} ({text["articles"][0]} articles; {text["articles"][1]} held out), in
+{results["train_seconds_of_this_run"]:.0f} s. Attention sinks are left out. `served` has the one threshold that stands
+for the k largest. FVU below {claim["fvu_below"]} at an L0 of at most {claim["l0_at_most"]} on held-out text, in both
+forms: {"yes" if claim["holds"] else "NO"}.
+
+| | FVU | L0 | dead features |
+|---|---:|---:|---:|
+{chr(10).join(lines)}
+
+Measured {describe(results["environment"])}.
+"""
 
 
 def report(done: int, total: int) -> None:

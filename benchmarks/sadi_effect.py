@@ -1,53 +1,65 @@
-"""Does SADI make the model answer better than no steering, a random mask of the same size, and a fixed vector?
+"""Do SADI and CAA make the model answer as wished, more than no steering, a random mask and a fixed vector?
 
-Fits masks on one part of a task's questions, chooses top_k and strength on a second part, each arm for itself, and
-reports accuracy on the third, with paired bootstrap intervals: the released code takes the best on the test set. An
-answer is the likelier of two words after the prompt. Acts on the prompt's last token, as in the paper. Writes
+Fits on one part of a task's questions, chooses each arm's setting on a second part, and reports the share of wished
+answers on the third, with paired bootstrap intervals: SADI's released code takes the best on the test set. An answer is
+the likelier of two words after the prompt, and all arms act on the prompt's last token, as SADI does. Writes
 results/sadi_effect.json and a section of docs/results.md.
 
---boolq is a file with JSON lines of BoolQ (CC-BY-SA-3.0); --sentiment a TSV of counterfactually augmented film reviews
-(Kaushik et al. 2020, Apache-2.0) with the columns Sentiment and Text.
+SADI scales the attention heads that differ most between right and wrong answers (methods/sadi.py); `random` scales as
+many heads drawn at random; `fixed` adds SADI's masked mean difference to the same heads; CAA adds the mean difference
+of one layer's residual stream (methods/caa.py).
 
-    make serve                                                                             # in another terminal
-    .venv/bin/python benchmarks/sadi_effect.py --boolq FILE --sentiment FILE
+The data folder has tasks/boolq (BoolQ, CC-BY-SA-3.0), steering/caa (contrastive A/B pairs of Rimsky et al. 2024, MIT;
+the wished answer is the one that shows the behaviour) and steering/sentiment_cad (film reviews of Kaushik et al. 2020,
+Apache-2.0).
+
+    POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/sadi_effect.py --model polyhelm-data/models/smollm2
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import csv
 import json
+import os
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import numpy as np
 from environment import describe, environment
+from local_model import LocalModel
 from results_page import publish
-from safetensors.numpy import load, save
+from spread import paired, verdict
 
-ARMS = ("none", "sadi", "random", "fixed")
-TOP_K = (2, 6, 10)
+from methods import caa, sadi
+from server.engine.edits import Edit
+from server.engine.spans import Span
+
+ARMS = ("none", "sadi", "random", "fixed", "caa")
+TOP_K = (2, 10)
 STRENGTHS = (1.0, 4.0, 9.0)
-RESAMPLES, IN_FLIGHT, MAX_WORDS, SEED = 10_000, 16, 120, 0
-LAST_TOKEN = {"prompt_positions": [-1]}
+LAYERS = (8, 14, 20)
+CAA_STRENGTHS = (1.0, 3.0)
+SEED = 0
+LAST_TOKEN = Span(prompt=False, generation=False, prompt_positions=(-1,))
 
 
 class Question(NamedTuple):
+    """`right` and `wrong` follow the prompt as they are, a leading space included."""
+
     prompt: str
     right: str
     wrong: str
 
 
 class Setting(NamedTuple):
-    """One way to steer: nothing to choose for `none`."""
+    """One way to steer: `place` is SADI's number of heads, or CAA's layer; nothing to choose for `none`."""
 
     arm: str
-    top_k: int = 0
+    place: int = 0
     strength: float = 0.0
 
 
@@ -59,225 +71,206 @@ class Task:
     test: list[Question]
 
 
-def boolq(file: Path) -> list[Question]:
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    found = []
-    for row in rows:
-        prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
-        right, wrong = ("yes", "no") if row["answer"] else ("no", "yes")
-        found.append(Question(prompt, right, wrong))
-    return found
+def boolq(data: Path) -> list[Question]:
+    rows = [json.loads(line) for line in (data / "tasks/boolq/boolq_head600.jsonl").read_text("utf-8").splitlines()]
+    words = {True: (" yes", " no"), False: (" no", " yes")}
+    return [Question(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", *words[row["answer"]]) for row in rows]
 
 
-def sentiment(file: Path) -> list[Question]:
-    with file.open(encoding="utf-8", newline="") as stream:
+def behaviour(data: Path, name: str) -> list[Question]:
+    rows = json.loads((data / f"steering/caa/generate.{name}.generate_dataset.json").read_text("utf-8"))
+    return [
+        Question(
+            f"{row['question']}\n\nAnswer: (",
+            row["answer_matching_behavior"].strip(" ()"),
+            row["answer_not_matching_behavior"].strip(" ()"),
+        )
+        for row in rows
+    ]
+
+
+def sentiment(data: Path) -> list[Question]:
+    with (data / "steering/sentiment_cad/test_paired.tsv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
-    other = {"Positive": ("positive", "negative"), "Negative": ("negative", "positive")}
-    return [Question(f"Review: {row['Text']}\nSentiment:", *other[row["Sentiment"]]) for row in rows]
+    words = {"Positive": (" positive", " negative"), "Negative": (" negative", " positive")}
+    return [Question(f"Review: {row['Text']}\nSentiment:", *words[row["Sentiment"]]) for row in rows]
 
 
-def split(name: str, questions: list[Question], size: int) -> Task:
-    """Short ones only, shuffled once; a third of `size` each to fit, to tune and to test."""
-    short = [each for each in questions if len(each.prompt.split()) <= MAX_WORDS]
+def split(name: str, questions: list[Question], fit: int, tune: int, test: int) -> Task:
+    """The shortest ones, shuffled once."""
+    short = sorted(questions, key=lambda each: len(each.prompt))[: fit + tune + test]
     random.Random(SEED).shuffle(short)
-    third = min(size, len(short)) // 3
-    return Task(name, short[:third], short[third : 2 * third], short[2 * third : 3 * third])
-
-
-class Server:
-    def __init__(self, client: httpx.AsyncClient, capabilities: dict[str, Any], mode: str) -> None:
-        self.client, self.capabilities, self.mode = client, capabilities, mode
-        self.slots = asyncio.Semaphore(IN_FLIGHT)
-
-    async def ok(self, method: str, path: str, **arguments: Any) -> Any:
-        response = await self.client.request(method, path, **arguments)
-        if response.is_error:
-            raise RuntimeError(f"{path} answered {response.status_code}: {response.text}")
-        return response
-
-    async def fit(self, name: str, task: Task, top_k: int, form: str) -> str:
-        """The number of the version that was published."""
-        pairs = [{"prompt": q.prompt, "positive": q.right, "negative": q.wrong} for q in task.fit]
-        body = {"method": "sadi", "name": name, "pairs": pairs, "options": {"top_k": top_k, "form": form}}
-        job = (await self.ok("POST", "/v1/fits", json=body)).json()
-        while job["status"] in ("queued", "running"):
-            await asyncio.sleep(0.3)
-            job = (await self.ok("GET", f"/v1/fits/{job['id']}")).json()
-        if job["status"] != "succeeded":
-            raise RuntimeError(job["error"])
-        return str(job["artifact"]).rpartition("@")[2]
-
-    async def randomised(self, source: str, number: str, name: str, seed: int) -> None:
-        """Publish as many heads of the same model as version `number` of `source` has, drawn at random."""
-        path = f"/v1/artifacts/{source}/versions/{number}"
-        manifest = (await self.ok("GET", path)).json()["manifest"]
-        (file,) = {site["file"] for site in manifest["sites"]}
-        content = (await self.ok("GET", f"{path}/files/{file}")).content
-        top_k = manifest["provenance"]["config"]["top_k"]
-        block = sum(len(indices) for indices in load(content).values()) // top_k
-        heads = self.capabilities["points"]["head_out"]["width"] // block
-        places = random.Random(seed).sample(range(self.capabilities["layers"] * heads), top_k)
-        indices: dict[int, list[int]] = {}
-        for layer, head in sorted(divmod(place, heads) for place in places):
-            indices.setdefault(layer, []).extend(range(head * block, (head + 1) * block))
-        tensors = {f"head_out.{layer}": np.array(each, np.int64) for layer, each in indices.items()}
-        place = {"point": "head_out", "file": file, "dtype": "I64"}
-        manifest["sites"] = [
-            {**place, "layer": layer, "tensor": f"head_out.{layer}", "shape": [len(each)]}
-            for layer, each in indices.items()
-        ]
-        manifest |= {"default_layers": sorted(indices), "files": [], "metrics": {}, "annotations": {}}
-        manifest["provenance"] = {"method": "random mask", "seed": seed, "config": {"top_k": top_k}}
-        files = [("files", (file, save(tensors)))]
-        await self.ok("POST", f"/v1/artifacts/{name}/versions", data={"manifest": json.dumps(manifest)}, files=files)
-
-    async def tokens(self, words: tuple[str, ...]) -> dict[str, int]:
-        """The first token of each word behind a prompt."""
-        found = {}
-        for word in words:
-            body = {"model": self.capabilities["model"]["id"], "prompt": f" {word}", "add_special_tokens": False}
-            found[word] = (await self.ok("POST", "/tokenize", json=body)).json()["tokens"][0]
-        return found
-
-    async def right(self, question: Question, setting: Setting, prefix: str, tokens: dict[str, int]) -> bool:
-        body: dict[str, Any] = {"model": self.capabilities["model"]["id"], "prompt": question.prompt}
-        ids = [tokens[question.right], tokens[question.wrong]]
-        body |= {"max_tokens": 1, "temperature": 0, "logprobs": 0, "logprob_token_ids": ids}
-        body |= {"return_tokens_as_token_ids": True}
-        if setting.arm != "none":
-            artifact = f"{prefix}-{setting.arm}-{setting.top_k}"
-            intervention = {"artifact": artifact, "strength": setting.strength, "apply": LAST_TOKEN}
-            body["steering"] = {"mode": self.mode, "interventions": [intervention]}
-        async with self.slots:
-            answer = (await self.ok("POST", "/v1/completions", json=body)).json()
-        if setting.arm != "none" and answer["steering"]["applied"][0]["tokens_touched"] < 1:
-            raise RuntimeError(f"nothing was steered: {answer['steering']}")
-        (top,) = answer["choices"][0]["logprobs"]["top_logprobs"]
-        right, wrong = (top[f"token_id:{token}"] for token in ids)
-        return bool(right > wrong)
+    return Task(name, short[:fit], short[fit : fit + tune], short[fit + tune : fit + tune + test])
 
 
 def settings() -> list[Setting]:
-    steered = [Setting(arm, top_k, s) for arm in ARMS[1:] for top_k in TOP_K for s in STRENGTHS]
-    return [Setting("none"), *steered]
+    masks = [Setting(arm, top_k, s) for arm in ("sadi", "random", "fixed") for top_k in TOP_K for s in STRENGTHS]
+    return [Setting("none"), *masks, *(Setting("caa", layer, s) for layer in LAYERS for s in CAA_STRENGTHS)]
 
 
-async def answers(
-    server: Server, questions: list[Question], wanted: list[Setting], prefix: str, tokens: dict[str, int]
-) -> dict[Setting, np.ndarray]:
-    """Whether each question is answered right, in each setting. A prompt's settings follow each other, so that the
-    prefix cache holds it.
-    """
-    rows = []
-    for question in questions:
-        rows.append(await asyncio.gather(*(server.right(question, each, prefix, tokens) for each in wanted)))
-    return {setting: np.array([row[index] for row in rows]) for index, setting in enumerate(wanted)}
+def edits(setting: Setting, task: str, layers: dict[str, tuple[int, ...]]) -> tuple[Edit, ...]:
+    if setting.arm == "none":
+        return ()
+    if setting.arm == "caa":
+        return (Edit("add", f"{task}.caa", (setting.place,), setting.strength, LAST_TOKEN),)
+    key = f"{task}.{setting.arm}.{setting.place}"
+    opcode = "add" if setting.arm == "fixed" else "scale"
+    return (Edit(opcode, key, layers[key], setting.strength, LAST_TOKEN, "head_out"),)
 
 
-async def run_task(server: Server, task: Task) -> dict[str, Any]:
-    started = time.monotonic()
-    prefix = f"sadi-bench-{task.name}"
+def fit(model: LocalModel, task: Task, heads: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Uploads every arm's operands; the layers of each, and what SADI chose."""
+    positive, negative = (
+        [q.prompt + answer for q, answer in zip(task.fit, side, strict=True)] for side in _sides(task)
+    )
+    width, layers, chosen = model.width("head_out"), {}, {}
+    both = [model.last_states_at(side, ("head_out", "resid_post")) for side in (positive, negative)]
+    contexts, states = ([side[point] for side in both] for point in ("head_out", "resid_post"))
+    block = width // heads
     for top_k in TOP_K:
-        number = await server.fit(f"{prefix}-sadi-{top_k}", task, top_k, "adaptive")
-        await server.fit(f"{prefix}-fixed-{top_k}", task, top_k, "fixed")
-        await server.randomised(f"{prefix}-sadi-{top_k}", number, f"{prefix}-random-{top_k}", SEED + top_k)
-    fit_seconds = (time.monotonic() - started) / (2 * len(TOP_K))
-    tokens = await server.tokens(tuple({task.fit[0].right, task.fit[0].wrong}))
-    tuned = await answers(server, task.tune, settings(), prefix, tokens)
+        found = sadi.fit(contexts[0], contexts[1], sadi.Config(top_k=top_k), heads)
+        places = random.Random(SEED + top_k).sample(range(model.layers * heads), top_k)
+        drawn: dict[int, list[int]] = {}
+        for layer, head in sorted(divmod(place, heads) for place in places):
+            drawn.setdefault(layer, []).extend(range(head * block, (head + 1) * block))
+        by_arm = {
+            "sadi": {layer: {"mask": _mask(indices, width)} for layer, indices in found.indices.items()},
+            "random": {layer: {"mask": _mask(np.array(indices), width)} for layer, indices in drawn.items()},
+            "fixed": {layer: {"vector": vector} for layer, vector in found.vectors.items()},
+        }
+        for arm, tensors in by_arm.items():
+            key = f"{task.name}.{arm}.{top_k}"
+            model.upload(key, tensors, "head_out")
+            layers[key] = tuple(sorted(tensors))
+        chosen[str(top_k)] = {"heads": found.selected, "stability": found.stability}
+    vectors = caa.fit(states[0], states[1], caa.Config()).vectors
+    model.upload(f"{task.name}.caa", {layer: {"vector": vectors[layer]} for layer in LAYERS})
+    return layers, chosen
+
+
+def _sides(task: Task) -> tuple[list[str], list[str]]:
+    return [q.right for q in task.fit], [q.wrong for q in task.fit]
+
+
+def _mask(indices: np.ndarray, width: int) -> np.ndarray:
+    mask = np.zeros(width, np.float32)
+    mask[indices] = 1
+    return mask
+
+
+def answers(
+    model: LocalModel, task: str, asked: list[Question], wanted: list[Setting], layers: dict[str, tuple[int, ...]]
+) -> dict[Setting, np.ndarray]:
+    """Whether each question is answered as wished, in each setting. The first setting leaves the prompts in the prefix
+    cache for the others.
+    """
+    words = sorted({asked[0].right, asked[0].wrong})
+    tokens = [model.encode(word, special=False)[0] for word in words]
+    if len(set(tokens)) < 2:
+        raise ValueError(f"{words} begin with the same token")
+    prompts = [model.encode(question.prompt) for question in asked]
+    right = np.array([words.index(question.right) for question in asked])
+    found = {}
+    for setting in wanted:
+        program = edits(setting, task, layers)
+        logits = model.next_logits([(prompt, program) for prompt in prompts], tokens)
+        found[setting] = logits[np.arange(len(asked)), right] > logits[np.arange(len(asked)), 1 - right]
+    return found
+
+
+def run_task(model: LocalModel, task: Task, heads: int) -> dict[str, Any]:
+    started = time.monotonic()
+    layers, chosen = fit(model, task, heads)
+    fitted = time.monotonic() - started
+    tuned = answers(model, task.name, task.tune, settings(), layers)
     best = {arm: max((s for s in tuned if s.arm == arm), key=lambda s: float(tuned[s].mean())) for arm in ARMS}
-    reported = await answers(server, task.test, list(best.values()), prefix, tokens)
+    reported = answers(model, task.name, task.test, list(best.values()), layers)
     found = {arm: reported[best[arm]] for arm in ARMS}
+    commonest = max(float(np.mean([q.right == word for q in task.test])) for word in {q.right for q in task.test})
     return {
         "questions": {"fit": len(task.fit), "tune": len(task.tune), "test": len(task.test)},
-        "majority": max(float(np.mean([q.right == word for q in task.test])) for word in tokens),
-        "fit_seconds": fit_seconds,
+        "majority": commonest,
+        "fit_seconds": fitted,
+        "sadi": chosen,
         "tune": [{**each._asdict(), "accuracy": float(right.mean())} for each, right in tuned.items()],
         "arms": {
             arm: best[arm]._asdict() | {"tuned": float(tuned[best[arm]].mean()), "accuracy": float(right.mean())}
             for arm, right in found.items()
         },
         "sadi_minus": {arm: paired(found["sadi"], found[arm]) for arm in ARMS if arm != "sadi"},
+        "caa_minus": {arm: paired(found["caa"], found[arm]) for arm in ARMS if arm != "caa"},
         "seconds": time.monotonic() - started,
     }
 
 
-def paired(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """The difference of accuracies, with its 95% interval over resampled questions."""
-    differences = first.astype(float) - second
-    draws = np.random.default_rng(SEED).integers(0, len(differences), (RESAMPLES, len(differences)))
-    low, high = np.quantile(differences[draws].mean(1), [0.025, 0.975])
-    return {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
-
-
-async def measure(tasks: list[Task], url: str, mode: str) -> dict[str, Any]:
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        capabilities = (await client.get("/v1/capabilities")).raise_for_status().json()
-        server = Server(client, capabilities, mode)
-        found = {}
-        for task in tasks:
-            found[task.name] = await run_task(server, task)
-            print(
-                task.name, json.dumps({k: v for k, v in found[task.name].items() if k != "tune"}, indent=1), flush=True
-            )
-    return {"model": capabilities["model"]["id"], "mode": mode, "tasks": found, "environment": environment()}
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    tasks = {
+        "boolq": lambda: boolq(options.data),
+        options.behaviour: lambda: behaviour(options.data, options.behaviour),
+        "sentiment": lambda: sentiment(options.data),
+    }
+    heads = int(json.loads((options.model / "config.json").read_text("utf-8"))["num_attention_heads"])
+    model, found = LocalModel(options.model, ("head_out",), 1024, 768), {}
+    for name, load in tasks.items():
+        found[name] = run_task(model, split(name, load(), options.fit, options.tune, options.test), heads)
+        shown = {arm: round(row["accuracy"], 3) for arm, row in found[name]["arms"].items()}
+        print(name, shown, f"{found[name]['seconds']:.0f} s", flush=True)
+    return {"model": options.model.name, "tasks": found, "environment": environment()}
 
 
 def section(results: dict[str, Any]) -> str:
+    def minus(task: dict[str, Any], method: str, arm: str) -> str:
+        if arm == method:
+            return ""
+        each = task[f"{method}_minus"][arm]
+        return f"{each['difference']:+.1%} ({each['low']:+.1%} to {each['high']:+.1%})"
+
     parts = []
     for name, task in results["tasks"].items():
         table = []
         for arm, row in task["arms"].items():
-            chosen = "" if arm == "none" else f"{row['top_k']}, {row['strength']:g}"
-            line = f"| {arm} | {chosen} | {row['tuned']:.1%} | {row['accuracy']:.1%} |"
-            if arm == "sadi":
-                table.append(f"{line} |")
-                continue
-            minus = task["sadi_minus"][arm]
-            table.append(f"{line} {minus['difference']:+.1%} ({minus['low']:+.1%} to {minus['high']:+.1%}) |")
-        clear = [arm for arm, minus in task["sadi_minus"].items() if minus["low"] > 0]
-        worse = [arm for arm, minus in task["sadi_minus"].items() if minus["high"] < 0]
+            place = f"layer {row['place']}" if arm == "caa" else f"{row['place']} heads"
+            chosen = "" if arm == "none" else f"{place}, {row['strength']:g}"
+            table.append(
+                f"| {arm} | {chosen} | {row['tuned']:.1%} | {row['accuracy']:.1%} | {minus(task, 'sadi', arm)} "
+                f"| {minus(task, 'caa', arm)} |"
+            )
         counts = task["questions"]
-        broken = sum(row["accuracy"] < task["arms"]["none"]["tuned"] for row in task["tune"] if row["arm"] == "sadi")
-        settings_tried = sum(row["arm"] == "sadi" for row in task["tune"])
+        tried = {arm: [row["accuracy"] for row in task["tune"] if row["arm"] == arm] for arm in ("sadi", "caa")}
+        worse = {arm: sum(each < task["arms"]["none"]["tuned"] for each in tried[arm]) for arm in tried}
         parts.append(f"""### {name}
 
-{counts["fit"]} questions to fit, {counts["tune"]} to tune, {counts["test"]} to test; the commoner answer is right for
-{task["majority"]:.1%} of these.
+{counts["fit"]} questions to fit, {counts["tune"]} to tune, {counts["test"]} to test; the commoner answer is the wished
+one for {task["majority"]:.1%} of these.
 
-| arm | heads, strength δ | accuracy, tuning | accuracy, test | SADI minus it (95% interval) |
-|---|---|---:|---:|---:|
+| arm | chosen: place, strength | wished, tuning | wished, test | SADI minus it (95% interval) | CAA minus it |
+|---|---|---:|---:|---:|---:|
 {chr(10).join(table)}
 
-SADI is better than {", ".join(clear) or "none of them"} and worse than {", ".join(worse) or "none of them"} beyond the
-interval. {broken} of SADI's {settings_tried} settings are worse than no steering on the tuning questions.""")
-    return f"""## SADI: heads, against a random mask and a fixed vector
+SADI is {verdict(task["sadi_minus"])} beyond the interval; CAA is {verdict(task["caa_minus"])}. On the tuning questions
+{worse["sadi"]} of SADI's {len(tried["sadi"])} settings and {worse["caa"]} of CAA's {len(tried["caa"])} are worse than
+no steering. Of SADI's ten heads {task["sadi"]["10"]["stability"]:.0%} are chosen by both halves of the fitting
+questions.""")
+    return f"""## SADI and CAA: against no steering, a random mask and a fixed vector
 
-`benchmarks/sadi_effect.py`: {results["model"]}, mode {results["mode"]}, the prompt's last token. Each arm's number of
-heads and strength were chosen on the tuning questions and used once on the test questions.
+`benchmarks/sadi_effect.py`: {results["model"]}, mode live, the prompt's last token. Each arm's place and strength were
+chosen on the tuning questions and used once on the test questions.
 
-{chr(10).join(parts)}
+{(chr(10) * 2).join(parts)}
 
 Measured {describe(results["environment"])}.
 """
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    arguments.add_argument("--boolq", type=Path, help="JSON lines with question, answer and passage")
-    arguments.add_argument("--sentiment", type=Path, help="TSV with Sentiment and Text")
-    arguments.add_argument("--url", default="http://127.0.0.1:8000", help="a running server")
-    arguments.add_argument("--mode", choices=("live", "frozen"), default="live")
-    arguments.add_argument("--size", type=int, default=600, help="questions per task, over the three parts")
-    options = arguments.parse_args()
-    loaders = {"boolq": boolq, "sentiment": sentiment}
-    tasks = [
-        split(name, loaders[name](file), options.size)
-        for name in loaders
-        if (file := getattr(options, name)) is not None
-    ]
-    if not tasks:
-        arguments.error("name a file with --boolq, --sentiment or both")
-    results = asyncio.run(measure(tasks, options.url, options.mode))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("POLYHELM_BENCH_DATA", "data")))
+    parser.add_argument("--behaviour", default="survival-instinct", help="a data set of steering/caa")
+    parser.add_argument("--fit", type=int, default=50, help="questions per task to fit on")
+    parser.add_argument("--tune", type=int, default=50, help="others, to choose place and strength on")
+    parser.add_argument("--test", type=int, default=160, help="others, at most, to report on")
+    results = measure(parser.parse_args())
     publish("sadi_effect", results, section(results))
 
 

@@ -1,9 +1,12 @@
-"""How many neurons do languages share, layer by layer, and how much of what the MLPs write is theirs?
+"""How many neurons do languages share, layer by layer, how much of what the MLPs write is theirs, and are they needed?
 
-Captures `mlp_act` at the last token of the same news sentences (NTREX-128) in ten languages, with the engine, and
-reports the categories of methods/shared_neurons.py with the lengths of the down projections' columns. As a control,
-languages' sentences are shuffled against each other: what is shared without a common meaning. Writes
-results/shared_neurons.json.
+Captures `mlp_act` at the last token of the same news sentences (NTREX-128, CC-BY-SA-4.0) in ten languages, and reports
+the categories of methods/shared_neurons.py with the lengths of the down projections' columns. As a control, languages'
+sentences are shuffled against each other: what is shared without a common meaning.
+
+Then the neurons that are in a category for at least --share of the sentences are deactivated at every token, and so are
+as many random ones of each layer, and the log-probability of the last tokens of other sentences is compared. Writes
+results/shared_neurons.json and a section of docs/results.md.
 
     POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/shared_neurons.py --model polyhelm-data/models/gemma3-270m
 """
@@ -11,33 +14,33 @@ results/shared_neurons.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import environment
+from environment import describe, environment
+from local_model import LocalModel, Request
+from results_page import publish
 from safetensors import safe_open
+from spread import paired
 
-from methods.shared_neurons import CATEGORIES, Report, Tally
+from methods.shared_neurons import CATEGORIES, Category, Report, Tally, control
+from server.engine.edits import Edit
 
-os.environ["POLYHELM_ENGINE"] = "1"  # before vllm is imported
-os.environ.setdefault("POLYHELM_POINTS", "mlp_act")
-
-RESULTS = Path(__file__).parent / "results" / "shared_neurons.json"
 LANGUAGES = ("eng", "deu", "spa", "fra", "rus", "tha", "tur", "vie", "zho-CN", "swa")
 """The paper's nine, with Swahili for Portuguese."""
-BATCH, FIRST = 32, 500
-"""Sentences from 501 on: the first half is what other methods are fitted on."""
+FIRST = 500
+"""Sentences from 501 on: the first half is what other methods are fitted on. The last ones are scored."""
+DEACTIVATED: tuple[Category, ...] = ("all_shared", "specific")
+SCORED_TOKENS = 8
 
 
-def sentences(folder: Path, language: str, count: int) -> list[str]:
+def sentences(folder: Path, language: str) -> list[str]:
     (file,) = folder.glob(f"newstest2019-*.{language}.txt")
-    return file.read_text("utf-8").splitlines()[FIRST : FIRST + count]
+    return file.read_text("utf-8").splitlines()[FIRST:1000]
 
 
 def column_norms(model: Path) -> np.ndarray:
@@ -54,21 +57,6 @@ def column_norms(model: Path) -> np.ndarray:
     return np.stack([found[layer] for layer in range(len(found))])
 
 
-def capture(model: str, texts: list[str], layers: int) -> np.ndarray:
-    """[texts, layers, neurons] at the last token."""
-    from vllm import LLM
-
-    from server.engine.offline import activations
-
-    llm = LLM(model, enforce_eager=True, max_model_len=512, max_num_seqs=BATCH, disable_log_stats=True)
-    rows = []
-    for start in range(0, len(texts), BATCH):
-        found = activations(llm, texts[start : start + BATCH], {"points": ["mlp_act"], "layers": None}, "last")
-        rows += [np.stack([each[f"mlp_act.{layer}"][0] for layer in range(layers)]) for each in found]
-        print(f"captured {min(start + BATCH, len(texts))} of {len(texts)} texts", flush=True)
-    return np.stack(rows)
-
-
 def described(report: Report) -> dict[str, Any]:
     """By category where there is one, then by layer."""
     fields = {key: value for key, value in asdict(report).items() if isinstance(value, np.ndarray)}
@@ -81,41 +69,161 @@ def described(report: Report) -> dict[str, Any]:
     return {"mean_over_layers": means, **shaped, "active": active}
 
 
-def main() -> int:
-    arguments = parsed()
-    folder = arguments.data / "parallel" / "ntrex128"
-    norms = column_norms(arguments.model)
-    texts = [text for language in LANGUAGES for text in sentences(folder, language, arguments.inputs)]
+def deactivation(
+    model: LocalModel, tally: Tally, texts: dict[str, list[str]], share: float, seeds: int
+) -> dict[str, Any]:
+    """By category: how many neurons, and what deactivating them, and random ones, does to the log-probability of the
+    sentences' last tokens, in nats a token.
+    """
+    layers, neurons = tally.layers, tally.neurons
+    encoded = {language: [model.encode(text) for text in each] for language, each in texts.items()}
+
+    def scores(key: str | None) -> dict[str, np.ndarray]:
+        edits = () if key is None else (Edit("scale", key, tuple(range(layers)), -1.0, point="mlp_act"),)
+        found = {}
+        for language, each in encoded.items():
+            requests = [Request(ids, min(SCORED_TOKENS, len(ids) - 1), edits) for ids in each]
+            found[language] = np.array([values.mean() for values in model.log_probabilities(requests)])
+        print(f"scored: {key}", flush=True)
+        return found
+
+    def deactivated(key: str, members: list[np.ndarray]) -> dict[str, np.ndarray]:
+        masks = np.zeros((layers, neurons), np.float32)
+        for layer, chosen in enumerate(members):
+            masks[layer, chosen] = 1
+        model.upload(key, {layer: {"mask": mask} for layer, mask in enumerate(masks)}, "mlp_act")
+        return scores(key)
+
+    plain, found = scores(None), {}
+    for category in DEACTIVATED:
+        members = tally.members(category, share)
+        if not (count := sum(map(len, members))):
+            found[category] = {"neurons": 0}
+            continue
+        ours = deactivated(category, members)
+        drawn = [deactivated(f"{category}.{seed}", control(members, neurons, seed)) for seed in range(seeds)]
+        random = {language: np.mean([each[language] for each in drawn], axis=0) for language in encoded}
+        pooled = [np.concatenate([each[language] for language in encoded]) for each in (ours, random, plain)]
+        found[category] = {
+            "neurons": count,
+            "share": count / (layers * neurons),
+            "minus_none": paired(pooled[0], pooled[2]),
+            "random_minus_none": paired(pooled[1], pooled[2]),
+            "minus_random": paired(pooled[0], pooled[1]),
+            "by_language": {
+                language: {
+                    "minus_none": float((ours[language] - plain[language]).mean()),
+                    "minus_random": paired(ours[language], random[language]),
+                }
+                for language in encoded
+            },
+        }
+    return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    folder, count = options.data / "parallel" / "ntrex128", options.inputs
+    norms = column_norms(options.model)
+    model = LocalModel(options.model, ("mlp_act",))
+    texts = {language: sentences(folder, language) for language in LANGUAGES}
     started = time.monotonic()
-    x = capture(str(arguments.model), texts, len(norms)).reshape(len(LANGUAGES), arguments.inputs, *norms.shape)
+    flat = [text for language in LANGUAGES for text in texts[language][:count]]
+    x = model.last_states(flat, "mlp_act").reshape(len(LANGUAGES), count, *norms.shape)
     seconds = time.monotonic() - started
+    print(f"captured {len(flat)} texts in {seconds:.0f} s", flush=True)
     tallies = {"parallel": Tally(norms), "shuffled": Tally(norms)}
-    for index in range(arguments.inputs):
-        others = [(index + 7 * language) % arguments.inputs for language in range(len(LANGUAGES))]
+    for index in range(count):
+        others = [(index + 7 * language) % count for language in range(len(LANGUAGES))]
         tallies["parallel"].add(x[:, index])
         tallies["shuffled"].add(np.stack([x[language, other] for language, other in enumerate(others)]))
-    results = {
-        "environment": environment(),
-        "model": arguments.model.name,
-        "data": {"name": "NTREX-128", "first": FIRST + 1, "inputs": arguments.inputs, "languages": LANGUAGES},
+    held_out = {language: each[-options.scored :] for language, each in texts.items()}
+    return {
+        "model": options.model.name,
+        "data": {"name": "NTREX-128", "first": FIRST + 1, "inputs": count, "languages": LANGUAGES},
         "layers": len(norms),
         "neurons": norms.shape[1],
         "capture_seconds": seconds,
         **{name: described(tally.report()) for name, tally in tallies.items()},
+        "deactivation": {"share": options.share, "sentences": options.scored, "seeds": options.seeds}
+        | {"categories": deactivation(model, tallies["parallel"], held_out, options.share, options.seeds)},
+        "environment": environment(),
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    for name in tallies:
-        print(name, json.dumps(results[name]["mean_over_layers"], indent=1))
-    return 0
 
 
-def parsed() -> argparse.Namespace:
+def section(results: dict[str, Any]) -> str:
+    parallel, shuffled, off = results["parallel"], results["shuffled"], results["deactivation"]
+    shown = range(0, results["layers"], 3)
+
+    def row(name: str, values: list[float]) -> str:
+        return f"| {name} | {' | '.join(f'{values[layer]:.1%}' for layer in shown)} | {np.mean(values):.1%} |"
+
+    rows = [
+        row("all-shared, of the neurons", parallel["share"]["all_shared"]),
+        row("the same, sentences shuffled", shuffled["share"]["all_shared"]),
+        row("all-shared, of the contribution", parallel["contribution"]["all_shared"]),
+        row("the same, sentences shuffled", shuffled["contribution"]["all_shared"]),
+        row("all-shared, of the 800 largest contributions", parallel["top_share"]["all_shared"]),
+        row("partial-shared, of the neurons", parallel["share"]["partial_shared"]),
+        row("specific, of the neurons", parallel["share"]["specific"]),
+        row("non-activated, of the neurons", parallel["share"]["non_activated"]),
+    ]
+
+    def nats(value: dict[str, float]) -> str:
+        return f"{value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
+
+    table = [
+        f"| {name} | {each['neurons']} | "
+        + (
+            f"{nats(each['minus_none'])} | {nats(each['random_minus_none'])} | {nats(each['minus_random'])} |"
+            if each["neurons"]
+            else "none to deactivate | | |"
+        )
+        for name, each in off["categories"].items()
+    ]
+    verdicts = []
+    for name, each in off["categories"].items():
+        if each["neurons"]:
+            low, high = each["minus_random"]["low"], each["minus_random"]["high"]
+            word = "costs more than" if high < 0 else "costs less than" if low > 0 else "can't be told from"
+            verdicts.append(f"deactivating {name} neurons {word} deactivating as many random ones")
+    return f"""## Shared neurons: how many, and what they carry
+
+`benchmarks/shared_neurons.py`: {results["model"]}, {results["data"]["inputs"]} sentences of NTREX-128 in
+{len(results["data"]["languages"])} languages ({", ".join(results["data"]["languages"])}), last token,
+{results["neurons"]} neurons a layer. A neuron is active where what it writes is above 0. Shuffled: other sentences in
+each language, so that what is left is shared whatever the meaning.
+
+| layer | {" | ".join(map(str, shown))} | mean of all |
+|---|{"---:|" * (len(shown) + 1)}
+{chr(10).join(rows)}
+
+Deactivated at every token: neurons that are in the category for at least {off["share"]:.0%} of the sentences, or as
+many random ones of the same layers (mean of {off["seeds"]} draws). Log-probability of the last {SCORED_TOKENS} tokens
+of {off["sentences"]} other sentences a language, nats a token, with 95% intervals over sentences:
+
+| category | neurons | minus not steered | random minus not steered | minus random |
+|---|---:|---:|---:|---:|
+{chr(10).join(table)}
+
+So {"; ".join(verdicts) or "there was nothing to deactivate"}.
+
+Measured {describe(results["environment"])}.
+"""
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("POLYHELM_BENCH_DATA", "data")))
-    parser.add_argument("--inputs", type=int, default=100)
-    return parser.parse_args()
+    parser.add_argument("--inputs", type=int, default=60, help="sentences to find the neurons with")
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="of the sentences, for which a neuron is in its category"
+    )
+    parser.add_argument("--scored", type=int, default=12, help="other sentences a language, to score")
+    parser.add_argument("--seeds", type=int, default=2, help="draws of random neurons")
+    results = measure(parser.parse_args())
+    publish("shared_neurons", results, section(results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
