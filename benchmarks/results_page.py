@@ -59,7 +59,8 @@ def _write(sections: dict[str, str]) -> None:
 def _wrapped(section: str) -> str:
     """Paragraphs filled to the width of the other pages; tables and headings as they are."""
     blocks = section.strip().split("\n\n")
-    return "\n\n".join(block if block[0] in "|#" else textwrap.fill(block, 120) for block in blocks)
+    fill = textwrap.TextWrapper(120, break_long_words=False, break_on_hyphens=False).fill
+    return "\n\n".join(block if block[0] in "|#" else fill(block) for block in blocks)
 
 
 def main() -> None:
