@@ -72,7 +72,7 @@ def check_texts(texts: Sequence[str]) -> list[str]:
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """float32 [n, dimension] with rows of length 1; a row of zeros stays."""
     rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
 
 
 def digest_of(settings: Mapping[str, Any], *hashes: str) -> str:

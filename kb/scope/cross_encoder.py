@@ -65,7 +65,7 @@ class CrossEncoderDecider:
         )
         network.train()
         for _ in range(epochs):
-            for numbers in torch.randperm(len(rows)).split(batch):
+            for numbers in torch.split(torch.randperm(len(rows)), batch):
                 facts, questions, labels = zip(*(rows[n] for n in numbers.tolist()), strict=True)
                 read = tokenizer(
                     list(facts),
@@ -79,7 +79,7 @@ class CrossEncoderDecider:
                 truth = torch.tensor(labels, device=logits.device)
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth)
                 optimiser.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimiser.step()
                 schedule.step()

@@ -35,7 +35,7 @@ def features(question: Text, candidates: Sequence[Text], rarity: Rarity, project
     fuzzy, sound = shared[:, OVERLAP.index("fuzzy")], shared[:, OVERLAP.index("consonants")]
     ahead = np.stack([fuzzy - _best_other(fuzzy), sound - _best_other(sound)], axis=1)
     lengths = np.array([[len(each.text), len(question.text)] for each in candidates])
-    return np.concatenate([*views, shared, ahead, np.log1p(lengths)], axis=1).astype(np.float32)
+    return np.asarray(np.concatenate([*views, shared, ahead, np.log1p(lengths)], axis=1), np.float32)
 
 
 def _view(question: np.ndarray, facts: np.ndarray) -> np.ndarray:

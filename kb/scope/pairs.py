@@ -64,7 +64,7 @@ class Encoded(NamedTuple):
     groups: Sequence[Group]
     vectors: Sequence[np.ndarray]
 
-    def part(self, numbers: Sequence[int]) -> Encoded:
+    def part(self, numbers: Sequence[int] | np.ndarray) -> Encoded:
         return Encoded([self.groups[n] for n in numbers], [self.vectors[n] for n in numbers])
 
 

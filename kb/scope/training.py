@@ -104,7 +104,7 @@ def fit_projection(encoded: Encoded, seed: int) -> np.ndarray:
         cross_entropy = torch.nn.functional.cross_entropy
         loss = cross_entropy(logits, truth) + cross_entropy(logits.T, truth)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return np.asarray(matrix.detach().numpy())
 
@@ -125,10 +125,10 @@ def fit_network(rows: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Layer,
     steps = epochs * -(-len(x) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
     for _ in range(epochs):
-        for batch in torch.randperm(len(x)).split(size):
+        for batch in torch.split(torch.randperm(len(x)), size):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(network(x[batch])[:, 0], y[batch])
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
     linear = [each for each in network if isinstance(each, torch.nn.Linear)]

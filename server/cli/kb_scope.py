@@ -59,6 +59,8 @@ def train_scope(
 
     report = Reporter()
     try:
+        if kind == "cross-encoder" and model is None:
+            raise ScopeError("a cross-encoder is fine-tuned from a model: give --model")
         groups = pairs.read_groups(questions)
         loaded = encoders.load(encoder)
         report.step(f"encoding the questions of {len(groups)} lines")
@@ -72,9 +74,7 @@ def train_scope(
         elif kind == "head":
             decider = training.fit_head(fit, loaded.identity, false_fires=false_fires, report=report.step, seed=seed)
         else:
-            if model is None:
-                raise ScopeError("a cross-encoder is fine-tuned from a model: give --model")
-            decider = CrossEncoderDecider(model)
+            decider = CrossEncoderDecider(model or "")
             report.step("fine-tuning")
             decider.fit(list(pairs.situations(fit, per_group=12, seed=seed)))
         measured = training.quality(decider, rest)._asdict()

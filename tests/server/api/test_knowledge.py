@@ -156,7 +156,7 @@ async def test_context_puts_facts_before_the_whole_prompt(base: KnowledgeBase) -
 
 
 async def test_min_score_is_a_probability(base: KnowledgeBase) -> None:
-    strict, lax = (await handler(base, Handler()).create(completion(min_score=score)) for score in (1.0, 0.0))
+    strict, lax = [await handler(base, Handler()).create(completion(min_score=score)) for score in (1.0, 0.0)]
     assert (strict.knowledge["decision"], lax.knowledge["decision"]) == ("out_of_scope", "in_scope")
 
 
