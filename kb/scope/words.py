@@ -18,8 +18,11 @@ from anyascii import anyascii
 from rapidfuzz import fuzz
 
 BUCKETS: Final = 1 << 15
-_WORD = re.compile(r"\w+")
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_RUNS: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han."""
+_UNSPACED = re.compile(f"[{_RUNS}]")
+# Python's \w leaves out the vowel signs of the scripts of India.
+_WORD = re.compile(rf"[{_RUNS}]+|(?:[^\W{_RUNS}]|[\u0900-\u0dff])+")
 _LETTERS = re.compile("[a-z]+")
 _CLASSES = str.maketrans("cgqkhxlrdtbpfvwszjmny", "kkkkkkrrttppfffsssnn ", "aeiou")
 _HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
@@ -29,6 +32,8 @@ _SPELLED: Final = (
 )
 _PINYIN: Final = (("q", "s"), ("x", "s"), ("zh", "s"), ("ch", "s"), ("sh", "s"))
 FUZZY_LENGTH: Final = 4
+MAX_WORDS: Final = 200
+"""Of a text, what is compared: questions are short, and a prompt that isn't must not hold up the others."""
 
 
 class Word(NamedTuple):
@@ -75,7 +80,7 @@ def bucket(written: str) -> int:
 
 def words_of(text: str) -> Words:
     words = []
-    for written in _WORD.findall(text):
+    for written in _WORD.findall(text)[:MAX_WORDS]:
         latin = anyascii(written).lower()
         unspaced = _UNSPACED.search(written) is not None
         words.append(

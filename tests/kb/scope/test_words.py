@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kb.scope.words import NUMBERS, OVERLAP, Rarity, numbers, overlap, words_of
+from kb.scope.words import MAX_WORDS, NUMBERS, OVERLAP, Rarity, numbers, overlap, words_of
 
 RARITY = Rarity.of(["Who wrote this book?", "Who wrote that song?", "Who was born here?", "Кто написал эту книгу?"])
 
@@ -39,3 +39,20 @@ def test_numbers_are_compared_by_value() -> None:
 def test_any_text_has_words_or_none(text: str) -> None:
     assert len(overlap(words_of(text), words_of("Who wrote Faust?"), RARITY)) == len(OVERLAP)
     assert len(overlap(words_of("Who wrote Faust?"), words_of(text), RARITY)) == len(OVERLAP)
+
+
+def test_a_long_text_is_compared_by_its_beginning() -> None:
+    many = " ".join(f"word{number}" for number in range(MAX_WORDS))
+    assert words_of(f"{many} Faust").words == words_of(many).words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Carolina Rodríguez来自哪里？", ["carolina", "rodríguez", "来自哪里"]),
+        ("Michael เกิดเมื่อไหร่?", ["michael", "เกิดเมื่อไหร่"]),
+        ("भारत की राजधानी", ["भारत", "की", "राजधानी"]),
+    ],
+)
+def test_a_name_in_latin_letters_is_a_word_of_its_own_among_others(text: str, words: list[str]) -> None:
+    assert [word.written for word in words_of(text).words] == words
