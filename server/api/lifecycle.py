@@ -72,6 +72,8 @@ class Lifecycle:
             if self._in_a_thread():
                 self._wait_until_idle()
         left = None if timeout is None else max(timeout - (time.monotonic() - started), 1.0)
+        # Before it refuses anything: a fit that it cuts off goes on at the next start, and hasn't failed.
+        self._engine.closed = True
         self._close(timeout=left)
 
     def _in_a_thread(self) -> bool:

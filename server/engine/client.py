@@ -96,6 +96,8 @@ class Engine:
     captures: str | None = None
     """Why activations can't be captured, or None if they can."""
     prefix_cache: PrefixCache = "off"
+    closed: bool = False
+    """Whether it is being closed: it then refuses what is new, and aborts what it doesn't end."""
     _receipts: list[tuple[str, asyncio.Future[Counts]]] = field(default_factory=list)
     _collector: asyncio.Task[None] | None = None
 
@@ -132,7 +134,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return not self.client.errored
+        return not (self.closed or self.client.errored)
 
     @property
     def shutdown_seconds(self) -> int:

@@ -22,12 +22,13 @@ def anyio_backend() -> str:
 
 class Engine:
     def __init__(self) -> None:
-        self.closed: list[tuple[float, float | None]] = []
-        self.alive = True
+        self.closings: list[tuple[float, float | None]] = []
+        self.alive, self.closed = True, False
         self.client = SimpleNamespace(shutdown=self._close)
 
     def _close(self, timeout: float | None = None) -> None:
-        self.closed.append((time.monotonic(), timeout))
+        assert self.closed, "who asks must know before anything is refused"
+        self.closings.append((time.monotonic(), timeout))
         self.alive = False
 
 
@@ -46,10 +47,10 @@ async def test_engine_is_closed_only_once_nothing_runs() -> None:
     load.enter()
     closing = asyncio.create_task(close(engine))
     await asyncio.sleep(0.2)
-    assert (load.draining, engine.closed) == (True, [])
+    assert (load.draining, engine.closings) == (True, [])
     load.leave()
     await closing
-    ((_, left),) = engine.closed
+    ((_, left),) = engine.closings
     assert left is not None and 9 < left < 10, "what the drain took is gone from the time to close"
 
 
@@ -59,14 +60,14 @@ async def test_drain_ends_after_its_time() -> None:
     started = time.monotonic()
     await close(engine, timeout=0.3)
     assert 0.2 <= time.monotonic() - started < 2
-    assert engine.closed[0][1] == 1.0, "the engine gets some time to end, however late it is"
+    assert engine.closings[0][1] == 1.0, "the engine gets some time to end, however late it is"
 
 
 async def test_close_from_the_loop_itself_does_not_wait_for_it() -> None:
     engine, load, _ = parts()
     load.enter()
     engine.client.shutdown(timeout=None)
-    assert engine.closed[0][1] is None
+    assert engine.closings[0][1] is None
 
 
 async def test_idle_engine_is_closed_at_once() -> None:
@@ -106,7 +107,7 @@ async def test_dead_engine_ends_the_server_also_where_requests_hang(
     server = await serve(lifecycle, die)
     assert (server.should_exit, server.force_exit, lifecycle.engine_died) == (True, True, True)
     engine.client.shutdown(timeout=0)
-    assert len(engine.closed) == 1
+    assert len(engine.closings) == 1
 
 
 async def test_closed_engine_is_no_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
