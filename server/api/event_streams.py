@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.datastructures import MutableHeaders
@@ -87,8 +86,9 @@ class _Stream:
     async def close(self) -> None:
         if self._pulse is not None:
             self._pulse.cancel()
-            with suppress(asyncio.CancelledError, OSError):
-                await self._pulse
+            await asyncio.wait([self._pulse])
+            if not self._pulse.cancelled():
+                self._pulse.exception()  # that the client reads no comments is no news: it reads nothing else either
 
     async def _keep_alive(self) -> None:
         loop = asyncio.get_running_loop()
