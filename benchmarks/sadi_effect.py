@@ -203,7 +203,8 @@ def run_task(model: LocalModel, task: Task, heads: int) -> dict[str, Any]:
     }
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> None:
+    """Publishes after every task."""
     tasks = {
         "boolq": lambda: boolq(options.data),
         options.behaviour: lambda: behaviour(options.data, options.behaviour),
@@ -215,7 +216,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         found[name] = run_task(model, split(name, load(), options.fit, options.tune, options.test), heads)
         shown = {arm: round(row["accuracy"], 3) for arm, row in found[name]["arms"].items()}
         print(name, shown, f"{found[name]['seconds']:.0f} s", flush=True)
-    return {"model": options.model.name, "tasks": found, "environment": environment()}
+        results = {"model": options.model.name, "tasks": found, "environment": environment()}
+        publish("sadi_effect", results, section(results))
 
 
 def section(results: dict[str, Any]) -> str:
@@ -270,8 +272,7 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=50, help="questions per task to fit on")
     parser.add_argument("--tune", type=int, default=50, help="others, to choose place and strength on")
     parser.add_argument("--test", type=int, default=160, help="others, at most, to report on")
-    results = measure(parser.parse_args())
-    publish("sadi_effect", results, section(results))
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":
