@@ -53,7 +53,9 @@ def _write(sections: dict[str, str]) -> None:
         for name in SCRIPTS
         if name in sections
     ]
-    PAGE.write_text(HEAD + "".join(blocks), "utf-8")
+    missing = ", ".join(f"`benchmarks/{name}.py`" for name in SCRIPTS if name not in sections)
+    note = f"\n{_wrapped(f'Without results yet: {missing}.')}\n" if missing else ""
+    PAGE.write_text(HEAD + note + "".join(blocks), "utf-8")
 
 
 def _wrapped(section: str) -> str:
