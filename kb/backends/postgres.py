@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import uuid
 from collections.abc import Collection as Some
 from collections.abc import Iterator
@@ -12,22 +10,19 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import psycopg
-from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from kb.backends.base import CollectionInfo, Conflicts, Rivalry, Stats, Writes, confirmed
+from kb.backends.postgres_pool import Connection, Pool
+from kb.backends.postgres_rows import FIELDS, SELECTED, conditions, fact_of, from_json, one, to_json, vector_text
 from kb.encoders.base import EncoderIdentity
-from kb.errors import CollectionNotFound, FactNotFound, KbBusy, KbError, KbFull, KbUnavailable
+from kb.errors import CollectionNotFound, FactNotFound
 from kb.facts import Fact, Hit, key_hash
 from kb.filters import Filter
 
-Connection = psycopg.Connection[dict[str, Any]]
 HNSW_FROM = 20_000
 """Facts at which `rebuild` makes an index. Without one, PostgreSQL compares with every vector, which is exact."""
 HNSW_DIMENSIONS = 2000
-_FIELDS = tuple(Fact.__slots__)
-_SELECTED = ", ".join(_FIELDS)
 _ALL = Filter()
 _SCHEMA = """
 CREATE EXTENSION IF NOT EXISTS vector;
@@ -53,10 +48,10 @@ CREATE TABLE IF NOT EXISTS kb_revisions (
 );
 """
 _PUT = (
-    f"INSERT INTO kb_facts (collection, {_SELECTED}, key_hash, embedding) "
-    f"VALUES (%(collection)s, {', '.join(f'%({name})s' for name in _FIELDS)}, %(key_hash)s, %(embedding)s::vector) "
+    f"INSERT INTO kb_facts (collection, {SELECTED}, key_hash, embedding) "
+    f"VALUES (%(collection)s, {', '.join(f'%({name})s' for name in FIELDS)}, %(key_hash)s, %(embedding)s::vector) "
     "ON CONFLICT (collection, id) DO UPDATE SET "
-    + ", ".join(f"{name} = excluded.{name}" for name in (*_FIELDS, "key_hash"))
+    + ", ".join(f"{name} = excluded.{name}" for name in (*FIELDS, "key_hash"))
     # No new vector: the old one stays, unless the fact is deleted.
     + ", embedding = CASE WHEN excluded.deleted THEN NULL ELSE coalesce(excluded.embedding, kb_facts.embedding) END"
 )
@@ -69,7 +64,7 @@ class PostgresCatalog:
 
     def __init__(self, url: str) -> None:
         """Make the tables if there are none. Raises KbUnavailable, and KbError where pgvector is missing."""
-        self._pool = _Pool(url)
+        self._pool = Pool(url)
         with self._pool.connection() as db, db.transaction():
             # Two servers that start at once: `IF NOT EXISTS` alone doesn't keep them apart.
             db.execute("SELECT pg_advisory_xact_lock(hashtext('polyhelm_kb'))")
@@ -110,7 +105,7 @@ class PostgresCatalog:
 class PostgresFacts:
     """`FactStore`."""
 
-    def __init__(self, pool: _Pool, info: CollectionInfo, number: int) -> None:
+    def __init__(self, pool: Pool, info: CollectionInfo, number: int) -> None:
         self._pool, self._info, self._number = pool, info, number
 
     @property
@@ -132,7 +127,7 @@ class PostgresFacts:
 
     def get(self, id: str) -> Fact | None:
         with self._pool.connection() as db:
-            return _one(db, self._number, id)
+            return one(db, self._number, id)
 
     def vectors_by_key(self, hashes: Some[bytes]) -> dict[bytes, np.ndarray]:
         sql = (
@@ -147,48 +142,48 @@ class PostgresFacts:
         sql = "SELECT fact FROM kb_revisions WHERE collection = %s AND id = %s ORDER BY version"
         with self._pool.connection() as db, db.transaction():
             db.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            past = [_from_json(row["fact"]) for row in db.execute(sql, (self._number, id)).fetchall()]
-            now = _one(db, self._number, id)
+            past = [from_json(row["fact"]) for row in db.execute(sql, (self._number, id)).fetchall()]
+            now = one(db, self._number, id)
         return past + ([now] if now is not None else [])
 
     def page(self, where: Filter, after: str | None, limit: int, *, deleted: bool = False) -> list[Fact]:
-        condition, values = _conditions(where)
+        condition, values = conditions(where)
         with self._pool.connection() as db:
             first = 0 if after is None else self._behind(db, after)
             sql = (
-                f"SELECT {_SELECTED} FROM kb_facts WHERE collection = %s AND number > %s"
+                f"SELECT {SELECTED} FROM kb_facts WHERE collection = %s AND number > %s"
                 f"{'' if deleted else ' AND NOT deleted'}{condition} ORDER BY number LIMIT %s"
             )
-            return [_fact_of(row) for row in db.execute(sql, (self._number, first, *values, limit)).fetchall()]
+            return [fact_of(row) for row in db.execute(sql, (self._number, first, *values, limit)).fetchall()]
 
     def each(self) -> Iterator[tuple[Fact, np.ndarray]]:
         sql = (
-            f"SELECT {_SELECTED}, embedding::real[] AS vector FROM kb_facts "
+            f"SELECT {SELECTED}, embedding::real[] AS vector FROM kb_facts "
             "WHERE collection = %s AND NOT deleted ORDER BY number"
         )
         with self._pool.connection() as db, db.transaction(), db.cursor("polyhelm_kb_each") as cursor:
             for row in cursor.execute(sql, (self._number,)):
                 vector = np.array(row.pop("vector"), np.float32)
-                yield _fact_of(row), vector
+                yield fact_of(row), vector
 
     def nearest(self, vectors: np.ndarray, k: int, where: Filter | None, at: datetime) -> list[list[Hit]]:
-        condition, values = _conditions(where or _ALL, at)
+        condition, values = conditions(where or _ALL, at)
         # As the index has it, which PostgreSQL uses only where the expression is the same.
         distance = f"embedding::vector({self._info.encoder.dimension}) <#> %s::vector"
         sql = (
-            f"SELECT {_SELECTED}, -({distance}) AS score FROM kb_facts "
+            f"SELECT {SELECTED}, -({distance}) AS score FROM kb_facts "
             f"WHERE collection = {self._number} AND NOT deleted{condition} ORDER BY {distance} LIMIT %s"
         )
         hits = []
         with self._pool.connection() as db, db.transaction():
             db.execute(f"SET LOCAL hnsw.ef_search = {min(1000, max(64, 2 * k))}")
-            for vector in map(_text, vectors):
+            for vector in map(vector_text, vectors):
                 rows = db.execute(sql, (vector, *values, vector, k)).fetchall()
                 if len(rows) < k:
                     # An index gives up before it has found enough that match; a scan doesn't.
                     db.execute("SET LOCAL enable_indexscan = off")
                     rows = db.execute(sql, (vector, *values, vector, k)).fetchall()
-                hits.append([Hit(score=row.pop("score"), fact=_fact_of(row)) for row in rows])
+                hits.append([Hit(score=row.pop("score"), fact=fact_of(row)) for row in rows])
         return hits
 
     def stats(self) -> Stats:
@@ -245,10 +240,10 @@ class PostgresWriter:
         return [fact for fact in found if (fact.language, fact.subject, fact.relation) in wanted]
 
     def matching(self, where: Filter, limit: int) -> list[Fact]:
-        condition, values = _conditions(where)
+        condition, values = conditions(where)
         there = f"collection = %s AND NOT deleted{condition}"
-        sql = f"SELECT {_SELECTED} FROM kb_facts WHERE {there} ORDER BY number LIMIT %s"
-        return [_fact_of(row) for row in self._db.execute(sql, (self._number, *values, limit)).fetchall()]
+        sql = f"SELECT {SELECTED} FROM kb_facts WHERE {there} ORDER BY number LIMIT %s"
+        return [fact_of(row) for row in self._db.execute(sql, (self._number, *values, limit)).fetchall()]
 
     def vectors(self, ids: Some[str]) -> dict[str, np.ndarray]:
         sql = (
@@ -263,116 +258,26 @@ class PostgresWriter:
         with self._db.cursor() as cursor:
             cursor.executemany(
                 "INSERT INTO kb_revisions VALUES (%s, %s, %s, %s)",
-                [(self._number, fact.id, fact.version, Jsonb(_to_json(fact))) for fact in writes.revisions],
+                [(self._number, fact.id, fact.version, Jsonb(to_json(fact))) for fact in writes.revisions],
             )
             cursor.executemany(_PUT, [self._values(fact, writes.vectors.get(fact.id)) for fact in writes.facts])
         self._db.execute("UPDATE kb_collections SET last_seq = %s WHERE number = %s", (self.last_seq, self._number))
 
     def _values(self, fact: Fact, vector: np.ndarray | None) -> dict[str, Any]:
-        values = {name: getattr(fact, name) for name in _FIELDS}
+        values = {name: getattr(fact, name) for name in FIELDS}
         return values | {
             "aliases": Jsonb(fact.aliases),
             "metadata": Jsonb(fact.metadata),
             "key_hash": key_hash(fact.key),
             "collection": self._number,
-            "embedding": None if vector is None else _text(vector),
+            "embedding": None if vector is None else vector_text(vector),
         }
 
     def _select(self, condition: str, values: list[str]) -> list[Fact]:
         if not values:
             return []
-        sql = f"SELECT {_SELECTED} FROM kb_facts WHERE collection = %s AND {condition}"
-        return [_fact_of(row) for row in self._db.execute(sql, (self._number, values)).fetchall()]
-
-
-class _Pool:
-    """Connections that threads take turns with."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._idle: list[Connection] = []
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def connection(self) -> Iterator[Connection]:
-        """Raises KbUnavailable, KbBusy, KbFull or KbError for PostgreSQL's own errors."""
-        with _errors_named():
-            with self._lock:
-                db = self._idle.pop() if self._idle else None
-            db = db or psycopg.connect(self._url, autocommit=True, row_factory=dict_row)
-            try:
-                yield db
-            finally:
-                if db.closed or db.broken:
-                    db.close()
-                else:
-                    with self._lock:
-                        self._idle.append(db)
-
-    def close(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for db in idle:
-            db.close()
-
-
-@contextmanager
-def _errors_named() -> Iterator[None]:
-    try:
-        yield
-    except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory) as exc:
-        raise KbFull("the database's disk is full; free some room and send it again") from exc
-    except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.QueryCanceled) as exc:
-        raise KbBusy(f"PostgreSQL gave up waiting ({exc}); try again") from exc
-    except psycopg.OperationalError as exc:
-        raise KbUnavailable(f"PostgreSQL can't be reached ({exc}); check POLYHELM_KB_URL") from exc
-    except psycopg.Error as exc:
-        raise KbError(f"PostgreSQL: {exc}") from exc
-
-
-def _one(db: Connection, number: int, id: str) -> Fact | None:
-    row = db.execute(f"SELECT {_SELECTED} FROM kb_facts WHERE collection = %s AND id = %s", (number, id)).fetchone()
-    return None if row is None else _fact_of(row)
-
-
-def _fact_of(row: dict[str, Any]) -> Fact:
-    for name in ("valid_from", "valid_to", "created_at", "updated_at"):
-        if row[name] is not None:
-            row[name] = row[name].astimezone(UTC)
-    return Fact(**row | {"aliases": tuple(row["aliases"])})
-
-
-def _to_json(fact: Fact) -> dict[str, Any]:
-    values = {name: getattr(fact, name) for name in _FIELDS}
-    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
-
-
-def _from_json(values: dict[str, Any]) -> Fact:
-    for name in ("valid_from", "valid_to", "created_at", "updated_at"):
-        if values[name] is not None:
-            values[name] = datetime.fromisoformat(values[name])
-    return _fact_of(values)
-
-
-def _conditions(where: Filter, at: datetime | None = None) -> tuple[str, list[Any]]:
-    """SQL that begins with AND, and its parameters; with `at`, only facts that are valid then."""
-    parts: list[str] = []
-    values: list[Any] = []
-    for name, wanted in where.fields():
-        if wanted is not None:
-            parts.append(f"{name} = ANY (%s)")
-            values.append(wanted)
-    for key, value in where.metadata.items():
-        parts.append("metadata -> %s = %s::jsonb")
-        values += [key, json.dumps(value)]
-    if at is not None:
-        parts.append("(valid_from IS NULL OR valid_from <= %s) AND (valid_to IS NULL OR valid_to > %s)")
-        values += [at, at]
-    return "".join(f" AND {part}" for part in parts), values
-
-
-def _text(vector: np.ndarray) -> str:
-    return "[" + ",".join(map(repr, vector.tolist())) + "]"
+        sql = f"SELECT {SELECTED} FROM kb_facts WHERE collection = %s AND {condition}"
+        return [fact_of(row) for row in self._db.execute(sql, (self._number, values)).fetchall()]
 
 
 def _index(number: int) -> str:

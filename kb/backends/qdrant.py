@@ -11,12 +11,11 @@ told that they did.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 import uuid
 from collections.abc import Collection as Some
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -26,16 +25,13 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
 
 from kb.backends.base import CollectionInfo, Conflicts, Rivalry, Stats, Writes, confirmed
+from kb.backends.qdrant_points import any_of, conditions, fact_of, point, point_id
 from kb.encoders.base import EncoderIdentity
-from kb.errors import CollectionNotFound, FactNotFound, InvalidFilter, KbError, KbUnavailable
-from kb.facts import Fact, Hit, key_hash
+from kb.errors import CollectionNotFound, FactNotFound, KbError, KbUnavailable
+from kb.facts import Fact, Hit
 from kb.filters import Filter
 
 REGISTRY = "polyhelm_kb"
-_NAMESPACE = uuid.UUID("5f1c3f0e-6d8a-4a53-9a55-0b4d0b1f7f10")
-_MOMENTS = ("valid_from", "valid_to", "created_at", "updated_at")
-_ALWAYS = 1e12
-"""Seconds from 1970 that no datetime has."""
 _BATCH = 256
 _ALL = Filter()
 
@@ -49,7 +45,9 @@ class QdrantCatalog:
         """`place` is `http(s)://HOST:PORT` or `file:FOLDER`. Raises KbUnavailable."""
         with _errors_named():
             local = place.startswith("file:")
-            self.client = QdrantClient(path=place.removeprefix("file:")) if local else QdrantClient(url=place)
+            # Unasked, the client looks for the server's version in a thread of its own, and warns from there.
+            where = {"path": place.removeprefix("file:")} if local else {"url": place, "check_compatibility": False}
+            self.client = QdrantClient(**where)
             self.local = local
             _ensure(self.client, REGISTRY, None)
 
@@ -69,8 +67,8 @@ class QdrantCatalog:
                 for field in ("id", "content_hash", "key_hash", "subject"):
                     self.client.create_payload_index(_of(info), field, models.PayloadSchemaType.KEYWORD, wait=True)
             payload = {**info._asdict(), "encoder": list(encoder), "created_at": info.created_at.isoformat()}
-            point = models.PointStruct(id=_point_id(name), vector={}, payload=payload)
-            self.client.upsert(REGISTRY, [point], wait=True)
+            entry = models.PointStruct(id=point_id(name), vector={}, payload=payload)
+            self.client.upsert(REGISTRY, [entry], wait=True)
         return info, True
 
     def open(self, info: CollectionInfo) -> QdrantFacts:
@@ -78,7 +76,7 @@ class QdrantCatalog:
 
     def drop(self, info: CollectionInfo) -> None:
         with _errors_named():
-            self.client.delete(REGISTRY, models.PointIdsList(points=[_point_id(info.name)]), wait=True)
+            self.client.delete(REGISTRY, models.PointIdsList(points=[point_id(info.name)]), wait=True)
             for collection in (_of(info), _past(info)):
                 self.client.delete_collection(collection)
 
@@ -112,12 +110,12 @@ class QdrantFacts:
         """Qdrant's index is its own."""
 
     def by_id(self, ids: Some[str]) -> dict[str, Fact]:
-        wanted = [_point_id(id) for id in ids]
+        wanted = [point_id(id) for id in ids]
         found: dict[str, Fact] = {}
         for collection in (self._past, self._here):
             for some in _batches(wanted):
                 for record in self._client.retrieve(collection, some, with_payload=True):
-                    fact = _fact_of(record.payload or {})
+                    fact = fact_of(record.payload or {})
                     found[fact.id] = fact
         return found
 
@@ -129,26 +127,26 @@ class QdrantFacts:
         return [fact for fact in found if (fact.language, fact.subject, fact.relation) in wanted]
 
     def matching(self, where: Filter, limit: int) -> list[Fact]:
-        records, _ = self._client.scroll(self._here, _conditions(where), limit=limit, with_payload=True)
-        return [_fact_of(record.payload or {}) for record in records]
+        records, _ = self._client.scroll(self._here, conditions(where), limit=limit, with_payload=True)
+        return [fact_of(record.payload or {}) for record in records]
 
     def vectors(self, ids: Some[str]) -> dict[str, np.ndarray]:
         found = {}
-        for some in _batches([_point_id(id) for id in ids]):
+        for some in _batches([point_id(id) for id in ids]):
             for record in self._client.retrieve(self._here, some, with_payload=["id"], with_vectors=True):
                 found[(record.payload or {})["id"]] = np.array(record.vector, np.float32)
         return found
 
     def put(self, writes: Writes) -> None:
         # In this order, so that a process that dies in between never loses a version or leaves a fact without one.
-        past = [_point(f"{fact.id}@{fact.version}", fact, {}, passed=True) for fact in writes.revisions]
-        past += [_point(fact.id, fact, {}) for fact in writes.facts if fact.deleted]
+        past = [point(f"{fact.id}@{fact.version}", fact, {}, passed=True) for fact in writes.revisions]
+        past += [point(fact.id, fact, {}) for fact in writes.facts if fact.deleted]
         self._upsert(self._past, past)
         alive = [fact for fact in writes.facts if not fact.deleted]
         vectors = self.vectors({fact.id for fact in alive} - writes.vectors.keys()) | writes.vectors
-        self._upsert(self._here, [_point(fact.id, fact, vectors[fact.id].tolist()) for fact in alive])
+        self._upsert(self._here, [point(fact.id, fact, vectors[fact.id].tolist()) for fact in alive])
         for collection, gone in ((self._here, [f for f in writes.facts if f.deleted]), (self._past, alive)):
-            for some in _batches([_point_id(fact.id) for fact in gone]):
+            for some in _batches([point_id(fact.id) for fact in gone]):
                 self._client.delete(collection, models.PointIdsList(points=some), wait=True)
         self.last_seq = max(self.last_seq, *(fact.seq for fact in writes.facts))
 
@@ -160,15 +158,15 @@ class QdrantFacts:
         found: dict[bytes, np.ndarray] = {}
         with _errors_named():
             for some in _batches([hashed.hex() for hashed in hashes]):
-                condition = models.Filter(must=[_any("key_hash", some)])
+                condition = models.Filter(must=[any_of("key_hash", some)])
                 for record in _scroll(self._client, self._here, condition, vectors=True):
                     found[bytes.fromhex((record.payload or {})["key_hash"])] = np.array(record.vector, np.float32)
         return found
 
     def history(self, id: str) -> list[Fact]:
         with _errors_named():
-            condition = models.Filter(must=[_any("id", [id]), _any("passed", [True])])
-            past = [_fact_of(record.payload or {}) for record in _scroll(self._client, self._past, condition)]
+            condition = models.Filter(must=[any_of("id", [id]), any_of("passed", [True])])
+            past = [fact_of(record.payload or {}) for record in _scroll(self._client, self._past, condition)]
             now = self.get(id)
         return sorted(past, key=lambda fact: fact.version) + ([now] if now is not None else [])
 
@@ -176,32 +174,32 @@ class QdrantFacts:
         with _errors_named():
             if after is not None and self.get(after) is None:
                 raise FactNotFound(f"no fact {after!r} to go on behind; use the 'next' of an earlier page", "after")
-            condition = _conditions(where)
+            condition = conditions(where)
             found = self._behind(self._here, condition, after, limit)
             if deleted:
-                tombstones = models.Filter(must=[*(condition.must or []), _any("passed", [False])])
+                tombstones = models.Filter(must=[*(condition.must or []), any_of("passed", [False])])
                 found += self._behind(self._past, tombstones, after, limit)
         return [fact for _, fact in sorted(found, key=lambda each: each[0])[:limit]]
 
     def each(self) -> Iterator[tuple[Fact, np.ndarray]]:
         with _errors_named():
             for record in _scroll(self._client, self._here, None, vectors=True):
-                yield _fact_of(record.payload or {}), np.array(record.vector, np.float32)
+                yield fact_of(record.payload or {}), np.array(record.vector, np.float32)
 
     def nearest(self, vectors: np.ndarray, k: int, where: Filter | None, at: datetime) -> list[list[Hit]]:
-        condition = _conditions(where or _ALL, at)
+        condition = conditions(where or _ALL, at)
         requests = [
             models.QueryRequest(query=vector.tolist(), filter=condition, limit=k, with_payload=True)
             for vector in vectors
         ]
         with _errors_named():
             answers = self._client.query_batch_points(self._here, requests)
-        return [[Hit(_fact_of(point.payload or {}), point.score) for point in answer.points] for answer in answers]
+        return [[Hit(fact_of(each.payload or {}), each.score) for each in answer.points] for answer in answers]
 
     def stats(self) -> Stats:
         with _errors_named():
             facts = self._client.count(self._here, exact=True).count
-            gone = models.Filter(must=[_any("passed", [False])])
+            gone = models.Filter(must=[any_of("passed", [False])])
             deleted = self._client.count(self._past, count_filter=gone, exact=True).count
         return Stats(facts, deleted, self.last_seq, {"kind": "qdrant"})
 
@@ -219,17 +217,17 @@ class QdrantFacts:
 
     def _with_any(self, field: str, values: Some[str]) -> list[Fact]:
         return [
-            _fact_of(record.payload or {})
+            fact_of(record.payload or {})
             for some in _batches(list(values))
-            for record in _scroll(self._client, self._here, models.Filter(must=[_any(field, some)]))
+            for record in _scroll(self._client, self._here, models.Filter(must=[any_of(field, some)]))
         ]
 
     def _behind(
         self, collection: str, condition: models.Filter, after: str | None, limit: int
     ) -> list[tuple[str, Fact]]:
-        offset = None if after is None else _point_id(after)
+        offset = None if after is None else point_id(after)
         records, _ = self._client.scroll(collection, condition, limit=limit + 1, offset=offset, with_payload=True)
-        found = [(str(record.id), _fact_of(record.payload or {})) for record in records]
+        found = [(str(record.id), fact_of(record.payload or {})) for record in records]
         return [each for each in found if each[0] != offset]
 
     def _upsert(self, collection: str, points: list[models.PointStruct]) -> None:
@@ -250,52 +248,6 @@ def _of(info: CollectionInfo) -> str:
 
 def _past(info: CollectionInfo) -> str:
     return f"{REGISTRY}_{info.uid}_past"
-
-
-def _point_id(text: str) -> str:
-    return str(uuid.uuid5(_NAMESPACE, text))
-
-
-def _point(name: str, fact: Fact, vector: Any, *, passed: bool = False) -> models.PointStruct:
-    payload = {field: getattr(fact, field) for field in Fact.__slots__}
-    for field in _MOMENTS:
-        payload[field] = None if payload[field] is None else payload[field].isoformat()
-    payload |= {
-        "aliases": list(fact.aliases),
-        "key_hash": key_hash(fact.key).hex(),
-        "passed": passed,
-        "begins": fact.valid_from.timestamp() if fact.valid_from else -_ALWAYS,
-        "ends": fact.valid_to.timestamp() if fact.valid_to else _ALWAYS,
-    }
-    return models.PointStruct(id=_point_id(name), vector=vector, payload=payload)
-
-
-def _fact_of(payload: dict[str, Any]) -> Fact:
-    values = {field: payload[field] for field in Fact.__slots__}
-    for field in _MOMENTS:
-        values[field] = None if values[field] is None else datetime.fromisoformat(values[field])
-    return Fact(**values | {"aliases": tuple(values["aliases"])})
-
-
-def _conditions(where: Filter, at: datetime | None = None) -> models.Filter:
-    must: list[models.Condition] = [_any(name, values) for name, values in where.fields() if values is not None]
-    for key, value in where.metadata.items():
-        if not re.fullmatch(r"\w+", key):
-            raise InvalidFilter(f"metadata key {key!r}: Qdrant filters by keys of letters, digits and _", "metadata")
-        if isinstance(value, bool | str):
-            must.append(models.FieldCondition(key=f"metadata.{key}", match=models.MatchValue(value=value)))
-        else:
-            must.append(models.FieldCondition(key=f"metadata.{key}", range=models.Range(gte=value, lte=value)))
-    if at is not None:
-        must.append(models.FieldCondition(key="begins", range=models.Range(lte=at.timestamp())))
-        must.append(models.FieldCondition(key="ends", range=models.Range(gt=at.timestamp())))
-    return models.Filter(must=must)
-
-
-def _any(field: str, values: Sequence[Any]) -> models.FieldCondition:
-    if isinstance(values[0], bool):
-        return models.FieldCondition(key=field, match=models.MatchValue(value=values[0]))
-    return models.FieldCondition(key=field, match=models.MatchAny(any=list(values)))
 
 
 def _scroll(
