@@ -1,8 +1,8 @@
 """What a request with `knowledge` costs before it is generated: encode, search and decide, by size of the collection.
 
-The paper judges every fact with a cross-encoder, so that its cost grows with the knowledge base: 10 s for the whole
-test at 10 facts, 272 s at 800. Facts here have made-up names, the encoder and the decider are real; the vectors of all
-facts but the candidates don't matter to time and are random. Writes results/remake_latency.json.
+The paper judges every fact with a cross-encoder, so that its cost grows with the knowledge base: from 10 s for the
+whole test with 10 facts to 272 s with 800. Facts here have made-up names, the encoder and the decider are real, and the
+vectors of the facts are random, as time doesn't depend on them. Writes results/remake_latency.json.
 
     .venv/bin/python benchmarks/remake_latency.py [--scope FOLDER]
 """

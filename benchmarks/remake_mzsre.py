@@ -193,7 +193,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     encoder = CachedEncoder(encoders.load("e5-small"), options.cache)
-    decider = deciders(encoder, options.training, false_fires=0.01)["head"]
+    decider = deciders(encoder, options.training, false_fires=0.015)["head"]
     with tempfile.TemporaryDirectory() as folder:
         asked = list(tasks(options, encoder, decider, folder))
     report = summary(run(options, asked, options.log), asked)

@@ -1,4 +1,4 @@
-"""What a question and each of its nearest facts have in common, as numbers for a small classifier."""
+"""What a question and each of its nearest facts have in common, as numbers for a linear classifier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ WORDS: Final = (
     *(f"question_{name}" for name in OVERLAP),
     *NUMBERS,
     *("fuzzy_ahead", "consonants_ahead"),
-    *("fact_length", "question_length"),
 )
 NAMES: Final = (*VECTOR, *WORDS)
 
@@ -34,8 +33,7 @@ def features(question: Text, candidates: Sequence[Text], rarity: Rarity, project
     shared = np.array(rows)
     fuzzy, sound = shared[:, OVERLAP.index("fuzzy")], shared[:, OVERLAP.index("consonants")]
     ahead = np.stack([fuzzy - _best_other(fuzzy), sound - _best_other(sound)], axis=1)
-    lengths = np.array([[len(each.text), len(question.text)] for each in candidates])
-    return np.asarray(np.concatenate([*views, shared, ahead, np.log1p(lengths)], axis=1), np.float32)
+    return np.asarray(np.concatenate([*views, shared, ahead], axis=1), np.float32)
 
 
 def _view(question: np.ndarray, facts: np.ndarray) -> np.ndarray:

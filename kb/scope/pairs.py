@@ -84,7 +84,8 @@ def situations(encoded: Encoded, *, per_group: int, seed: int) -> Iterator[Situa
     collections = _collections(encoded)
     for number, group in enumerate(encoded.groups):
         for turn in range(per_group):
-            asked, told = random.choice(len(group.questions), 2, replace=False)
+            # Near misses come in the question's own language as well, and are nearest there.
+            asked, told = random.choice(len(group.questions), 2, replace=turn % 2 == 1)
             language = group.questions[told][1]
             facts, owners, vectors = collections[language]
             text, vector = group.questions[asked], encoded.vectors[number][asked]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from kb.encoders.base import EncoderIdentity
 from kb.scope.base import Decider
-from kb.scope.features import NAMES, features
-from kb.scope.head import HeadDecider, Layer
-from kb.scope.pairs import Encoded, Situation, situations
+from kb.scope.features import features
+from kb.scope.head import HeadDecider
+from kb.scope.pairs import Encoded, situations
 from kb.scope.threshold import Judged, ThresholdDecider, calibrate
 from kb.scope.words import Rarity
 
 PROJECTED = 128
 TEMPERATURE = 0.05
-HIDDEN = (48, 16)
+PENALTY = 1e-4
+PER_GROUP = 16
+"""Situations that are made of each group."""
 HELD_OUT = 0.15
 """Share of the groups that the threshold of the decision is set on."""
 Report = Callable[[str], None]
@@ -48,24 +50,29 @@ def fit_threshold(encoded: Encoded, encoder: EncoderIdentity, *, false_fires: fl
 def fit_head(
     encoded: Encoded, encoder: EncoderIdentity, *, false_fires: float, report: Report, seed: int = 0
 ) -> HeadDecider:
-    """Projection, then network, then the point at which held-out near misses fire in this share of cases."""
+    """Projection, then weights, then the point at which held-out near misses fire in this share of cases.
+
+    Each is fitted on groups of its own: what a projection has learned by heart would teach the weights to trust it.
+    """
     order = np.random.default_rng(seed).permutation(len(encoded.groups))
-    held = max(int(HELD_OUT * len(order)), 10)
+    held, half = max(int(HELD_OUT * len(order)), 10), len(order) // 2
     rarity = Rarity.of(text for group in encoded.groups for text, _ in group.questions)
-    fit, rest = encoded.part(order[held:]), encoded.part(order[:held])
     report("learning a projection that tells facts apart")
-    projection = fit_projection(fit, seed)
+    projection = fit_projection(encoded.part(order[:half]), seed)
     report("reading pairs and their near misses")
-    rows, labels = _table(list(situations(fit, per_group=12, seed=seed)), rarity, projection)
-    mean, scale = rows.mean(axis=0), rows.std(axis=0) + 1e-3
+    asked = list(situations(encoded.part(order[half:-held]), per_group=PER_GROUP, seed=seed))
+    rows = np.concatenate([features(each.question, each.candidates, rarity, projection) for each in asked])
+    labels = np.concatenate([each.matches for each in asked])
     report(f"learning the decision from {len(rows)} pairs")
-    layers = fit_network((rows - mean) / scale, labels, seed)
-    head = HeadDecider(encoder, rarity, projection, mean, scale, layers)
-    near = [each for each in situations(rest, per_group=24, seed=seed + 1) if not each.matches.any()]
-    best = [head.logits(features(each.question, each.candidates, rarity, projection)).max() for each in near]
-    shift = float(np.quantile(best, 1 - false_fires))
-    last = Layer(layers[-1].weights, layers[-1].biases - np.float32(shift))
-    return HeadDecider(encoder, rarity, projection, mean, scale, (*layers[:-1], last))
+    weights = fit_weights(rows, labels)
+    near = situations(encoded.part(order[-held:]), per_group=2 * PER_GROUP, seed=seed + 1)
+    best = [
+        float((features(each.question, each.candidates, rarity, projection) @ weights).max())
+        for each in near
+        if not each.matches.any()
+    ]
+    bias = -float(np.quantile(best, 1 - false_fires))
+    return HeadDecider(encoder, rarity, projection, weights, bias)
 
 
 def quality(decider: Decider, encoded: Encoded, seed: int = 2) -> Quality:
@@ -109,35 +116,23 @@ def fit_projection(encoded: Encoded, seed: int) -> np.ndarray:
     return np.asarray(matrix.detach().numpy())
 
 
-def fit_network(rows: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Layer, ...]:
-    """Layers of HIDDEN units with ReLU, by cross-entropy; `rows` float32 [pairs, features], `labels` bool [pairs]."""
+def fit_weights(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """float32 [features]: logistic regression on standardised features, L2-regularised. `labels` is bool [pairs]."""
     import torch
 
-    torch.manual_seed(seed)
-    widths = (rows.shape[1], *HIDDEN, 1)
-    modules: list[Any] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
-        modules += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
-    network = torch.nn.Sequential(*modules[:-1])
-    x, y = torch.from_numpy(np.asarray(rows, np.float32)), torch.from_numpy(labels.astype(np.float32))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
-    epochs, size = 30, 512
-    steps = epochs * -(-len(x) // size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
-    for _ in range(epochs):
-        for batch in torch.split(torch.randperm(len(x)), size):
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(network(x[batch])[:, 0], y[batch])
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-    linear = [each for each in network if isinstance(each, torch.nn.Linear)]
-    return tuple(Layer(each.weight.detach().numpy().T.copy(), each.bias.detach().numpy().copy()) for each in linear)
+    mean, scale = rows.mean(axis=0), rows.std(axis=0) + 1e-3
+    x = torch.from_numpy(np.asarray((rows - mean) / scale, np.float32))
+    y = torch.from_numpy(labels.astype(np.float32))
+    weights = torch.zeros(x.shape[1], requires_grad=True)
+    bias = torch.zeros(1, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights, bias], max_iter=300, line_search_fn="strong_wolfe")
 
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights + bias, y)
+        value = entropy + PENALTY * (weights**2).sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
 
-def _table(asked: Sequence[Situation], rarity: Rarity, projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features [pairs, len(NAMES)] and labels [pairs] of all candidates."""
-    rows = [features(each.question, each.candidates, rarity, projection) for each in asked]
-    table = np.concatenate(rows)
-    assert table.shape[1] == len(NAMES)
-    return table, np.concatenate([each.matches for each in asked])
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    return np.asarray(weights.detach().numpy() / scale, np.float32)

@@ -42,7 +42,7 @@ def train_scope(
             max=0.5,
             help="Share of near misses, questions whose own fact isn't there, that may be taken to be about another.",
         ),
-    ] = 0.01,
+    ] = 0.015,
     seed: Annotated[int, typer.Option(envvar="POLYHELM_SEED")] = 0,
     as_json: AsJson = False,
 ) -> None:
