@@ -57,7 +57,10 @@ def load(folder: Path) -> Decider:
         encoder = EncoderIdentity(**settings["encoder"]) if "encoder" in settings else None
         kind = settings["kind"]
         if kind == "threshold":
-            return ThresholdDecider(float(settings["fallback"]), dict(settings["thresholds"]), encoder)
+            fallback, same = float(settings["fallback"]), settings["same_language"]
+            return ThresholdDecider(
+                fallback, dict(settings["thresholds"]), encoder, None if same is None else float(same)
+            )
         if kind == "head" and encoder is not None:
             return HeadDecider.from_tensors(encoder, int(settings["texts"]), load_file(folder / TENSORS))
         if kind == "cross_encoder":

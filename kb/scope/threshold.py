@@ -28,11 +28,14 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class ThresholdDecider:
-    """`thresholds` by `question language>fact language`; `fallback` for all others and for unknown ones."""
+    """`thresholds` by `question language>fact language`; for all others `same_language`, where near misses lie highest,
+    or `fallback`.
+    """
 
     fallback: float
     thresholds: Mapping[str, float] = field(default_factory=dict)
     encoder: EncoderIdentity | None = None
+    same_language: float | None = None
     name: str = "threshold"
 
     def probabilities(self, question: Text, candidates: Sequence[Text]) -> np.ndarray:
@@ -41,10 +44,15 @@ class ThresholdDecider:
         return np.asarray(1 / (1 + np.exp(-SLOPE * (cosines - limits))))
 
     def _limit(self, question: str | None, fact: str | None) -> float:
-        return self.thresholds.get(f"{question}>{fact}", self.fallback)
+        alike = self.same_language if question is not None and question == fact else None
+        return self.thresholds.get(f"{question}>{fact}", self.fallback if alike is None else alike)
 
     def settings(self) -> dict[str, Any]:
-        return {"fallback": self.fallback, "thresholds": dict(self.thresholds)}
+        return {
+            "fallback": self.fallback,
+            "same_language": self.same_language,
+            "thresholds": dict(self.thresholds),
+        }
 
 
 def calibrate(
@@ -64,7 +72,9 @@ def calibrate(
         if min(sum(each.match for each in group), sum(not each.match for each in group)) >= MIN_POSITIVES
     }
     thresholds = {name: _threshold(group, false_fires) for name, group in sorted(enough.items())}
-    return ThresholdDecider(_threshold(judged, false_fires), thresholds, encoder)
+    alike = [each for each in judged if each.question_language == each.fact_language is not None]
+    same = _threshold(alike, false_fires) if sum(not each.match for each in alike) >= MIN_POSITIVES else None
+    return ThresholdDecider(_threshold(judged, false_fires), thresholds, encoder, same)
 
 
 def _threshold(judged: Sequence[Judged], false_fires: float) -> float:

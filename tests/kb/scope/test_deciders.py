@@ -53,8 +53,9 @@ def test_the_head_knows_facts_from_near_misses_that_it_never_saw(head: HeadDecid
 
 def test_thresholds_keep_near_misses_out_at_the_price_of_facts(known: Encoded) -> None:
     strict, lax = (fit_threshold(known, ENCODER.identity, false_fires=share) for share in (0.01, 0.3))
-    assert quality(strict, known).false_fires < 0.05 < quality(lax, known).false_fires < 0.4
-    assert quality(strict, known).recall < quality(lax, known).recall
+    strictly, laxly = quality(strict, known), quality(lax, known)
+    assert strictly.false_fires < 0.1 < laxly.false_fires < 0.5 and strictly.recall < laxly.recall
+    assert strict.same_language is not None and strict.same_language > strict.fallback
 
 
 def test_a_situation_has_its_own_fact_every_second_time_and_never_its_own_wording(known: Encoded) -> None:
@@ -88,6 +89,17 @@ def test_thresholds_are_per_pair_of_languages_where_enough_is_known() -> None:
         assert (decider.probabilities(asked, [fact])[0] >= 0.5) == expected
 
 
+def test_questions_in_the_facts_own_language_have_a_threshold_of_their_own() -> None:
+    decider = ThresholdDecider(0.2, {"fr>fr": 0.1}, same_language=0.4)
+    asked = {"de>en": True, "en>en": False, "fr>fr": True, "None>None": True}
+    for pair, expected in asked.items():
+        question, fact = (None if each == "None" else each for each in pair.split(">"))
+        judged = decider.probabilities(
+            Text("q", question, np.array([0.3, 0.0])), [Text("f", fact, np.array([1.0, 0.0]))]
+        )
+        assert (judged[0] >= 0.5) == expected
+
+
 def test_a_threshold_needs_near_misses() -> None:
     with pytest.raises(ScopeError, match="don't match"):
         calibrate([Judged("de", "en", 0.9, True)], None)
@@ -95,7 +107,7 @@ def test_a_threshold_needs_near_misses() -> None:
 
 @pytest.mark.parametrize("kind", ["head", "threshold"])
 def test_a_decider_survives_a_folder(kind: str, head: HeadDecider, unknown: Encoded, tmp_path: Path) -> None:
-    decider = head if kind == "head" else ThresholdDecider(0.8, {"de>en": 0.82}, ENCODER.identity)
+    decider = head if kind == "head" else ThresholdDecider(0.8, {"de>en": 0.82}, ENCODER.identity, 0.85)
     save(decider, tmp_path / "scope", {"data": "made up"})
     loaded = load(tmp_path / "scope")
     assert (loaded.name, loaded.encoder) == (kind, ENCODER.identity)
