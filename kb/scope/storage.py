@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from kb.encoders.base import EncoderIdentity
@@ -65,6 +66,6 @@ def load(folder: Path) -> Decider:
             return HeadDecider.from_tensors(encoder, int(settings["texts"]), load_file(folder / TENSORS))
         if kind == "cross_encoder":
             return CrossEncoderDecider(str(folder / MODEL))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ScopeError(f"{folder} holds no decider that can be read: {error}") from error
     raise ScopeError(f"{folder} holds a decider of an unknown kind, {kind!r}")
