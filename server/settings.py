@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     def _separated_by_commas(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
 
-    @field_validator("allowed_remotes")
+    @field_validator("allowed_remotes", "expert_models")
     @classmethod
     def _without_blanks(cls, value: list[str] | None) -> list[str] | None:
         return value and [each.strip() for each in value if each.strip()]

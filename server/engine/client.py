@@ -185,7 +185,8 @@ class Engine:
     ) -> AsyncIterator[RequestOutput]:
         """Generate for the current request: apart from other tenants in the prefix cache, counted, and in a span."""
         context = current()
-        if (salt := cache_salt(prompt.get("cache_salt"))) is not None:
+        # A prompt that can't carry a tenant's salt is refused by the next line.
+        if (salt := cache_salt(prompt.get("cache_salt") if isinstance(prompt, dict) else None)) is not None:
             prompt = {**prompt, "cache_salt": salt}
         deltas = sampling_params.output_kind == RequestOutputKind.DELTA
         prompt_tokens, counted, generated = 0, 0, Counter[int]()

@@ -276,7 +276,7 @@ def offline_prompts() -> list[list[int]]:
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_the_offline_call_equals_transformers_through_chunks_preemption_and_the_prefix_cache(
-    runner: str, tmp_path: Path
+    runner: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     import transformers
 
@@ -289,6 +289,8 @@ def test_the_offline_call_equals_transformers_through_chunks_preemption_and_the_
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path / "model")
     environment = {**os.environ, **(V1 if runner == "v1" else v2(tmp_path / "seams.json"))}
+    # Sockets lie there, whose paths may have 107 characters.
+    environment["TMPDIR"] = str(tmp_path_factory.mktemp("offline"))
     command = [sys.executable, __file__, str(tmp_path)]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-6000:]
@@ -317,9 +319,7 @@ def main(folder: Path) -> None:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "TMPDIR": str(folder / "tmp"),
     }
-    (folder / "tmp").mkdir()
     from vllm import LLM
 
     from server.engine.offline import activations
@@ -349,7 +349,7 @@ def main(folder: Path) -> None:
             safetensors.numpy.save_file(arrays, folder / f"{name}-{index}")
     (described, *_) = llm.collective_rpc("polyhelm_describe")
     preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
-    left = [str(path) for path in (folder / "tmp").rglob("*.rows")]
+    left = [str(path) for path in Path(os.environ["TMPDIR"]).rglob("*.rows")]
     summary = {"runner": described["runner"], "preemptions": sum(preemptions), "left": left}
     (folder / "answer.json").write_text(json.dumps(summary))
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.sampling_params import RequestOutputKind
 
 from server.engine.bank_directory import BankFull
 from server.engine.capture import CaptureSpec
@@ -20,11 +21,16 @@ STEERED = Program((Edit("add", "key", (0,)),))
 
 
 def output(*stop_reasons: str | None) -> Any:
-    return SimpleNamespace(outputs=[SimpleNamespace(stop_reason=reason) for reason in stop_reasons])
+    choices = [
+        SimpleNamespace(index=index, stop_reason=reason, token_ids=[1]) for index, reason in enumerate(stop_reasons)
+    ]
+    return SimpleNamespace(outputs=choices, prompt_token_ids=[1, 2])
 
 
 class Client:
     """vLLM's client: each call gives the next of `runs`, a list of outputs."""
+
+    model_config = SimpleNamespace(model="served", served_model_name="served")
 
     def __init__(self, *runs: list[Any]) -> None:
         self.runs = list(runs)
@@ -56,7 +62,7 @@ def generate(client: Client, uploads: Uploads, program: Any = STEERED.wire, *, f
     """Run a request whose operands were ensured, with a bank that is full from then on or isn't."""
     engine = Engine(client, 1, 0, 0, 0)  # type: ignore[arg-type]
     engine._uploader = uploads  # type: ignore[assignment]
-    params = SimpleNamespace(extra_args={PROGRAM: program} if program else None)
+    params = SimpleNamespace(extra_args={PROGRAM: program} if program else None, output_kind=RequestOutputKind.DELTA)
 
     async def run() -> list[Any]:
         await engine.ensure(STEERED, LOADERS)
