@@ -171,7 +171,7 @@ class Upstream(BaseHTTPRequestHandler):
         for _ in range(EVENTS):
             self.wfile.write(b"9\r\ndata: x\n\n\r\n")
             self.wfile.flush()
-            if not self.arrived.acquire(timeout=5):
+            if not self.arrived.acquire(timeout=30):
                 self.close_connection = True
                 return
         self.wfile.write(b"0\r\n\r\n")

@@ -96,7 +96,7 @@ def test_large_body_behind_a_small_head_passes(peer: socket.socket) -> None:
 def test_connection_that_says_nothing_is_closed(peer: socket.socket) -> None:
     started = time.monotonic()
     assert answer(peer) == b""
-    assert 0.5 * SECONDS < time.monotonic() - started < SECONDS + 2
+    assert 0.5 * SECONDS < time.monotonic() - started < SECONDS + 10
 
 
 @pytest.mark.parametrize("first", [b"", REQUEST + b"Content-Length: 0\r\n\r\n"], ids=["first", "second"])
@@ -108,7 +108,7 @@ def test_head_that_drips_is_408(peer: socket.socket, first: bytes) -> None:
         for byte in REQUEST + b"X: y\r\n" * 50:
             peer.sendall(bytes([byte]))
             time.sleep(0.02)
-            if time.monotonic() - started > SECONDS + 1:
+            if time.monotonic() - started > SECONDS + 10:
                 raise AssertionError("it may drip for ever")
     except (BrokenPipeError, ConnectionResetError):
         pass
