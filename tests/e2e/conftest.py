@@ -132,7 +132,7 @@ class Server:
             assert time.monotonic() < deadline, "the engine still runs requests"
             time.sleep(0.2)
 
-    def wait_for_fit(self, fit_id: str, *statuses: str, seconds: float = 120) -> dict[str, Any]:
+    def wait_for_fit(self, fit_id: str, *statuses: str, seconds: float = 400) -> dict[str, Any]:
         """Poll a job until its status is one of those."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
