@@ -1,6 +1,6 @@
 """How often does a preset that acts by language tell the language of a prompt, and how often the wrong one?
 
-server/languages.py identifies news sentences of NTREX-128, and their first five words, as the server does it: below a
+kb/languages.py identifies news sentences of NTREX-128, and their first five words, as the server does it: below a
 probability of 0.5 it refuses. Writes results/language_identification.json.
 
     POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/language_identification.py
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from environment import environment
 
+from kb.languages import identified
 from server.api.source_language import LEAST_PROBABILITY
-from server.languages import identified
 
 RESULTS = Path(__file__).parent / "results" / "language_identification.json"
 LANGUAGES = {

@@ -22,7 +22,7 @@ from environment import environment
 from kb import encoders
 from kb.facts import FactDraft
 from kb.knowledge_base import KnowledgeBase
-from kb.languages import detect
+from kb.languages import identified
 from kb.lookup import find
 from kb.scope import Decider, Text
 from kb.scope.storage import default, load
@@ -56,7 +56,7 @@ def measure(collection: Any, encoder: encoders.Encoder, decider: Decider, querie
         start = time.perf_counter()
         (vector,) = encoder.encode_queries([question])
         encoded = time.perf_counter()
-        find(collection, decider, Text(question, detect(question), vector))
+        find(collection, decider, Text(question, identified(question).language, vector))
         end = time.perf_counter()
         if number >= 5:
             for name, seconds in zip(STEPS, (encoded - start, end - encoded, end - start), strict=True):

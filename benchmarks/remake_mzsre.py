@@ -31,7 +31,7 @@ from kb import encoders
 from kb.collection import Collection
 from kb.facts import FactDraft
 from kb.knowledge_base import KnowledgeBase
-from kb.languages import detect
+from kb.languages import identified
 from kb.lookup import find
 from kb.remake import Example, Pair, remake_prompt
 from kb.scope import Decider, Text
@@ -65,7 +65,7 @@ class Prompts:
         self, decider: Decider, question: str, vector: np.ndarray, asked: str, arms: Sequence[str]
     ) -> dict[str, str]:
         plain = f"Question: {question} Answer:"
-        found = find(self.collection, decider, Text(question, detect(question), vector))
+        found = find(self.collection, decider, Text(question, identified(question).language, vector))
         if not found or found[0].probability < 0.5:
             return {arm: plain for arm in arms}
         fact = found[0].fact

@@ -26,7 +26,7 @@ from environment import environment
 from kb import encoders
 from kb.facts import FactDraft, Hit
 from kb.knowledge_base import KnowledgeBase
-from kb.languages import detect
+from kb.languages import identified
 from kb.lookup import CANDIDATES
 from kb.scope import Decider, Text
 from kb.scope.pairs import Encoded, Group
@@ -62,7 +62,8 @@ class Bench:
                 questions = [getattr(self.items[number][language], kind).question for number in numbers]
                 rows = vectors[list(numbers)] if kind == "src" else encoder.encode_queries(questions)
                 self.asked[language, kind] = [
-                    Text(question, detect(question), row) for question, row in zip(questions, rows, strict=True)
+                    Text(question, identified(question).language, row)
+                    for question, row in zip(questions, rows, strict=True)
                 ]
 
     def judge(self, decider: Decider, facts: str, asked: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ from kb.collection import Collection
 from kb.errors import EncoderMismatch, KbError
 from kb.filters import Filter
 from kb.knowledge_base import KnowledgeBase
-from kb.languages import detect
+from kb.languages import identified
 from kb.lookup import Found, find
 from kb.scope import Decider, Text
 from server import metrics, tracing
@@ -48,7 +48,7 @@ class Adviser:
         pool = settings.examples and await self._collection(
             settings.examples.collection, "knowledge.examples.collection"
         )
-        text = Text(question, detect(question), await self._encoder.encode_query(question))
+        text = Text(question, identified(question).language, await self._encoder.encode_query(question))
         where = Filter(language=[settings.edit_language]) if settings.edit_language else None
         with metrics.KB_SEARCH.time(), tracing.span("kb.search"):
             found = await run_in_threadpool(find, collection, self._decider, text, where=where)

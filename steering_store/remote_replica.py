@@ -69,18 +69,25 @@ class RemoteBackedStore(Store):
             self._catch_up()
         self._refreshed_at = time.monotonic()
 
-    def follow(self, seconds: float) -> None:
-        """Refresh every so many seconds, in a thread of its own, for the life of the process."""
+    def follow(self, seconds: float) -> Callable[[], None]:
+        """Refresh every so many seconds, in a thread of its own, until what this returns is called."""
+        ended = threading.Event()
 
-        def forever() -> None:
-            while True:
-                time.sleep(seconds)
+        def until_ended() -> None:
+            while not ended.wait(seconds):
                 try:
                     self.refresh()
                 except StoreError as exc:
                     log.warning("what others publish isn't seen for now: %s", exc)
 
-        threading.Thread(target=forever, name="remote-store", daemon=True).start()
+        thread = threading.Thread(target=until_ended, name="remote-store", daemon=True)
+        thread.start()
+
+        def end() -> None:
+            ended.set()
+            thread.join()
+
+        return end
 
     def resolve(self, ref: str | Reference) -> ArtifactVersion:
         """As in a local store; what isn't known is looked for in the remote store, at most once a second."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Final
@@ -18,7 +19,7 @@ MAX_WAIT_SECONDS: Final = 5.0
 TRY_AGAIN: Final = {429, 502, 503, 504}
 
 
-class _Remote:
+class _Remote(ABC):
     """POSTs texts in batches. The digest holds all that the server says of itself."""
 
     kind = ""
@@ -29,8 +30,9 @@ class _Remote:
         self._url = url
         self._batch = batch
 
+    @abstractmethod
     def _vectors(self, texts: list[str]) -> Any:
-        raise NotImplementedError
+        """What the server answers to some texts: a list of lists of numbers, if it keeps to its protocol."""
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
         return self._encode(texts)

@@ -67,6 +67,8 @@ class Lifecycle:
     def _shutdown(self, timeout: float | None = None) -> None:
         """The engine client's `shutdown`: vLLM calls it in a thread when a signal ends the server."""
         started = time.monotonic()
+        # vLLM's own handlers end the server too when they meet a dead engine, and may be the first to.
+        self._note_death()
         if self._loop.is_running() and not self.engine_died:
             self._loop.call_soon_threadsafe(self.drain)
             if self._in_a_thread():
@@ -74,7 +76,14 @@ class Lifecycle:
         left = None if timeout is None else max(timeout - (time.monotonic() - started), 1.0)
         # Before it refuses anything: a fit that it cuts off goes on at the next start, and hasn't failed.
         self._engine.closed = True
+        if self._load.draining and not self._load.requests:
+            self._engine.stop_reading()
         self._close(timeout=left)
+
+    def _note_death(self) -> None:
+        if not self.engine_died and not self._engine.closed and not self._engine.alive:
+            self.engine_died = True
+            log.critical("the engine has died: this process ends, so that its supervisor can start another")
 
     def _in_a_thread(self) -> bool:
         try:
@@ -95,10 +104,9 @@ class Lifecycle:
     async def _watch(self, server: Any) -> None:
         while self._engine.alive:
             await asyncio.sleep(WATCH_SECONDS)
-        if self._load.draining:
-            return  # it was closed, and didn't die
-        self.engine_died = True
-        log.critical("the engine has died: this process ends, so that its supervisor can start another")
+        self._note_death()
+        if not self.engine_died:
+            return  # it was closed
         try:
             async with asyncio.timeout(LAST_WORDS_SECONDS):
                 await self._load.idle.wait()

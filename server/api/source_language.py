@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from kb.languages import identified, primary
 from server.api.errors import ApiError
-from server.languages import identified, primary
 
 FIELD = "steering.source_language"
 LEAST_PROBABILITY = 0.5

@@ -22,6 +22,7 @@ from vllm.exceptions import GenerationError, VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.utils.async_utils import cancel_task_threadsafe
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server import tracing
@@ -135,6 +136,12 @@ class Engine:
     @property
     def alive(self) -> bool:
         return not (self.closed or self.client.errored)
+
+    def stop_reading(self) -> None:
+        """Read nothing more from the engine cores: for when nothing runs, before they are closed."""
+        if (reader := self.client.output_handler) is not None:
+            # vLLM ends it only after them, whose end it then takes for a death, and logs with a traceback.
+            cancel_task_threadsafe(reader)
 
     @property
     def shutdown_seconds(self) -> int:

@@ -171,9 +171,11 @@ def reopen(app: FastAPI) -> FastAPI:
 
 def take_api_keys(app: FastAPI) -> list[str]:
     """The keys of vLLM's `--api-key`, taken from its own check, which guards only some of the routes."""
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
     keys: list[str] = []
     for middleware in list(app.user_middleware):
-        if getattr(middleware.cls, "__name__", "") == "AuthenticationMiddleware":
+        if middleware.cls is AuthenticationMiddleware:
             keys += middleware.kwargs["tokens"]
             app.user_middleware.remove(middleware)
     return keys

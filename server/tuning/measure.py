@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kb.languages import identified
 from server.api.errors import ApiError
 from server.api.prepared import Prepared, Site
 from server.api.steering_schema import LAST_PROMPT_TOKEN
 from server.engine.bank_directory import BankTooSmall
 from server.engine.capture import CaptureSpec
 from server.engine.edits import Program
-from server.languages import identified
 from server.tuning.task import Item, Tune, TuneError
 from steering_store.tuning import Scores
 

@@ -58,12 +58,16 @@ def test_unknown_reference_is_looked_for_at_once(
 
 def test_followers_learn_by_themselves(machine: Machine, manifest: dict[str, Any], vectors: Vectors) -> None:
     here, there = machine("here"), machine("there")
-    there.follow(0.05)
+    end = there.follow(0.05)
     here.publish("mood", manifest, vectors())
     deadline = time.monotonic() + 20
     while not there.list_artifacts().items:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    end()
+    here.publish("mood", manifest, vectors(2.0))
+    time.sleep(0.3)
+    assert len(there.list_artifacts().items) == 1
 
 
 def test_aliases_yanks_and_deletions_are_the_same_everywhere(

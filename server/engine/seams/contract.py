@@ -28,7 +28,8 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "vllm.sampling_params.SamplingParams": "extra_args max_tokens",
     },
     "client": {
-        "vllm.v1.engine.async_llm.AsyncLLM": "engine_core errored generate get_tokenizer model_config",
+        "vllm.v1.engine.async_llm.AsyncLLM": "engine_core errored generate get_tokenizer model_config output_handler "
+        "vllm_config",
         "vllm.v1.engine.core_client.AsyncMPClient": "_call_utility_async core_engines",
         "vllm.config.ModelConfig": "architectures dtype get_vocab_size max_model_len served_model_name",
         "vllm.sampling_params.SamplingParams": "clone extra_args output_kind skip_reading_prefix_cache",
@@ -52,6 +53,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "vllm.engine.arg_utils.AsyncEngineArgs": "aggregate_engine_logging disable_log_stats enable_log_requests",
         "vllm.v1.engine.async_llm.AsyncLLM": "get_supported_tasks model_config shutdown vllm_config",
         "vllm.config.VllmConfig": "additional_config shutdown_timeout",
+        "vllm.entrypoints.launchers.cli_args.FrontendArgs": "disable_uvicorn_access_log",
         # The handlers that server/api/openai.py stands before.
         "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat": "create_chat_completion",
         "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion": "create_completion",

@@ -23,13 +23,17 @@ def anyio_backend() -> str:
 class Engine:
     def __init__(self) -> None:
         self.closings: list[tuple[float, float | None]] = []
-        self.alive, self.closed = True, False
+        self.alive, self.closed, self.read = True, False, True
         self.client = SimpleNamespace(shutdown=self._close)
 
     def _close(self, timeout: float | None = None) -> None:
         assert self.closed, "who asks must know before anything is refused"
         self.closings.append((time.monotonic(), timeout))
         self.alive = False
+
+    def stop_reading(self) -> None:
+        assert not self.closings
+        self.read = False
 
 
 def parts(drain: float = 5.0) -> tuple[Any, Load, Lifecycle]:
@@ -61,6 +65,7 @@ async def test_drain_ends_after_its_time() -> None:
     await close(engine, timeout=0.3)
     assert 0.2 <= time.monotonic() - started < 10
     assert engine.closings[0][1] == 1.0, "the engine gets some time to end, however late it is"
+    assert engine.read, "what runs still hears of its end"
 
 
 async def test_close_from_the_loop_itself_does_not_wait_for_it() -> None:
@@ -75,6 +80,7 @@ async def test_idle_engine_is_closed_at_once() -> None:
     started = time.monotonic()
     await close(engine)
     assert time.monotonic() - started < 10
+    assert not engine.read
 
 
 async def serve(lifecycle: Lifecycle, then: Any) -> Any:
@@ -108,6 +114,32 @@ async def test_dead_engine_ends_the_server_also_where_requests_hang(
     assert (server.should_exit, server.force_exit, lifecycle.engine_died) == (True, True, True)
     engine.client.shutdown(timeout=0)
     assert len(engine.closings) == 1
+
+
+async def test_death_is_told_also_where_vllm_ends_the_server_first() -> None:
+    engine, _, lifecycle = parts()
+    engine.alive = False
+    await close(engine)
+    assert lifecycle.engine_died
+    await close(engine)
+    assert len(engine.closings) == 2
+
+
+async def test_engine_that_dies_while_requests_end_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.lifecycle.WATCH_SECONDS", 0.05)
+    engine, load, lifecycle = parts()
+    load.enter()
+
+    async def die() -> None:
+        closing = asyncio.create_task(close(engine))
+        await asyncio.sleep(0.1)
+        engine.alive = False
+        await asyncio.sleep(0.2)
+        load.leave()
+        await closing
+
+    await serve(lifecycle, die)
+    assert lifecycle.engine_died
 
 
 async def test_closed_engine_is_no_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
