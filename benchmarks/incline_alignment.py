@@ -1,7 +1,7 @@
 """How well do INCLINE's maps predict English states of sentences that they were not fitted on?
 
 Captures the last-token state of parallel sentences at every layer, fits methods/incline.py on lines 1 to N and takes
-the squared error on lines 501 to 600, relative to predicting the mean English state: 1 is knowing nothing of the
+the squared error on lines 501 to 1000, relative to predicting the mean English state: 1 is knowing nothing of the
 sentence, `identity` is doing nothing. Writes results/incline_alignment.json and a section of docs/results.md; exits
 with 1 unless ridge on 500 sentences is below identity and below 1 at every layer and language.
 
@@ -29,8 +29,8 @@ from server.models import model_identity
 
 LANGUAGES = ("deu", "rus", "tha", "tur", "swa", "vie", "ind", "zho-CN")
 SIZES = (100, 200, 300, 400, 500)
-FITTED, HELD_OUT = 500, 100
-RANKS = (64,)
+FITTED, HELD_OUT = 500, 500
+RANKS = (64, 128, 256)
 SHOWN_LAYERS = (5, 11, 17)
 
 

@@ -32,7 +32,7 @@ from methods import incline
 from server.engine.edits import Edit
 from server.engine.spans import Span
 
-LANGUAGES = {"id": "ind", "sw": "swa", "ta": "tam", "th": "tha", "tr": "tur", "vi": "vie"}
+LANGUAGES = {"id": "ind", "sw": "swa", "ta": "tam", "th": "tha", "tr": "tur", "vi": "vie", "zh": "zho-CN"}
 """XCOPA's codes, and NTREX's."""
 CONNECTORS = {
     "id": (" karena", " maka"),
@@ -41,10 +41,11 @@ CONNECTORS = {
     "th": (" เพราะ", " ดังนั้น"),
     "tr": (" çünkü", " bu yüzden"),
     "vi": (" bởi vì", " vì vậy"),
+    "zh": (" 因为", " 所以"),
 }
 """Between a premise and its cause, and between a premise and its effect; those of lm-evaluation-harness' XCOPA."""
 ARMS = ("incline", "random", "caa")
-ALPHAS = (-0.3, 0.3)
+ALPHAS = (-0.3, 0.1, 0.3, 1.0)
 
 
 class Question(NamedTuple):
@@ -60,7 +61,7 @@ def questions(model: LocalModel, file: Path, language: str) -> list[Question]:
     for index, line in enumerate(file.read_text("utf-8").splitlines()):
         row = json.loads(line)
         connector = CONNECTORS[language][row["question"] == "effect"]
-        prompt = model.encode(row["premise"].strip().rstrip(".") + connector)
+        prompt = model.encode(row["premise"].strip().rstrip(".。") + connector)
         first, second = (_continued(model, row[name]) for name in ("choice1", "choice2"))
         found.append(Question(language, index, prompt, (first, second), int(row["label"])))
     return found

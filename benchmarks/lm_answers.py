@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+from local_model import LocalModel, Request
+
 NEW_TOKENS = 24
 
 
 class Answers:
-    """An engine without steering. `forced` and `free` take prompts in the paper's template, which end in `Answer:`."""
+    """A model without steering. `forced` and `free` take prompts in the paper's template, which end in `Answer:`."""
 
-    def __init__(self, model: str, max_model_len: int = 4096) -> None:
-        from vllm import LLM
-
-        self._llm = LLM(
-            model, enforce_eager=True, max_model_len=max_model_len, block_size=32, enable_prefix_caching=True, seed=0
-        )
-        self._tokenizer = self._llm.get_tokenizer()
+    def __init__(self, folder: Path, max_model_len: int = 4096) -> None:
+        self._model = LocalModel(folder, max_model_len=max_model_len, kv_cache_mib=2048)
 
     def forced(self, prompts: Sequence[str], golds: Sequence[str]) -> list[list[int]]:
         """For each prompt the likeliest token at every position of ` gold`, given what is before it in ` gold`."""
-        from vllm import SamplingParams
-
-        asked, lengths = [], []
+        requests = []
         for prompt, gold in zip(prompts, golds, strict=True):
             answer = self.gold(gold)
-            asked.append({"prompt_token_ids": [*self._ids(prompt), *answer]})
-            lengths.append(len(answer))
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
-        outputs = self._llm.generate(asked, params, use_tqdm=False)
-        return [_likeliest(output.prompt_logprobs[-n:]) for output, n in zip(outputs, lengths, strict=True)]
+            requests.append(Request([*self._model.encode(prompt), *answer], len(answer)))
+        return self._model.likeliest(requests)
 
     def gold(self, answer: str) -> list[int]:
         """The tokens of an answer behind `Answer:`."""
-        return list(self._tokenizer(f" {answer}", add_special_tokens=False)["input_ids"])
+        return self._model.encode(f" {answer}", special=False)
 
     def free(self, prompts: Sequence[str]) -> list[str]:
         """The first line of a greedy answer."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, stop=["\n"])
-        asked = [{"prompt_token_ids": self._ids(prompt)} for prompt in prompts]
-        return [output.outputs[0].text.strip() for output in self._llm.generate(asked, params, use_tqdm=False)]
-
-    def _ids(self, prompt: str) -> list[int]:
-        return list(self._tokenizer(prompt)["input_ids"])
-
-
-def _likeliest(positions: Sequence[dict[int, Any]]) -> list[int]:
-    return [next(token for token, each in found.items() if each.rank == 1) for found in positions]
+        asked = [self._model.encode(prompt) for prompt in prompts]
+        return [text.strip() for text in self._model.greedy(asked, NEW_TOKENS, ["\n"])]

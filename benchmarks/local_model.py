@@ -104,6 +104,22 @@ class LocalModel:
         if (written, bound) != ("written", "loaded"):
             raise RuntimeError(f"{key}: {written}, {bound}")
 
+    def likeliest(self, requests: Sequence[Request]) -> list[list[int]]:
+        """For each request the likeliest token at the place of each of its last `scored`, given all before it."""
+        found = []
+        for start in range(0, len(requests), BATCH):
+            part = requests[start : start + BATCH]
+            states = np.concatenate(self._states([(r.ids[:-1], r.scored, r.edits) for r in part]))
+            tokens = np.concatenate([logits.argmax(1).numpy() for logits in self._logits(states)])
+            found += [each.tolist() for each in np.split(tokens, np.cumsum([r.scored for r in part])[:-1])]
+        return found
+
+    def greedy(self, prompts: Sequence[list[int]], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """What each prompt is continued with, unsteered."""
+        params = self._params(max_tokens=max_tokens, temperature=0, stop=list(stop))
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
+
     def log_probabilities(self, requests: Sequence[Request]) -> list[np.ndarray]:
         """Of each request's last `scored` tokens, given all before them."""
         found: list[np.ndarray] = []

@@ -173,7 +173,7 @@ def summary(rows: dict[str, dict[str, Any]], asked: Sequence[Task]) -> dict[str,
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--items", type=int, default=50, help="of the 200 test items")
     parser.add_argument("--directions", nargs="+", default=[f"{a}>{b}" for a, b in DIRECTIONS], metavar="en>de")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -201,7 +201,7 @@ def main() -> None:
         for way, arms in ways.items():
             for arm, shares in arms.items():
                 print(f"{measure:12} {way:7} {arm:8} {np.mean(list(shares.values())):5.1f}  {shares}")
-    settings = {"model": Path(options.model).name, "items": options.items, "training": options.training}
+    settings = {"model": options.model.name, "items": options.items, "training": options.training}
     content = {"environment": environment(), **settings, "percent": report, "paper_bloomz_560m": PAPER_BLOOMZ_560M}
     RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 

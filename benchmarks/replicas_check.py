@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "replicas_check.json"
 MOVES, REQUESTS, START_SECONDS = 10, 24, 120
 
 
-def publish(client: httpx.Client, name: str, seed: int) -> None:
+def publish(client: httpx.Client, name: str, seed: int) -> httpx.Response:
     capabilities = client.get("/v1/capabilities").json()
     hidden = capabilities["hidden_size"]
     vector = np.random.default_rng(seed).standard_normal(hidden).astype(np.float32)
@@ -54,12 +54,11 @@ def publish(client: httpx.Client, name: str, seed: int) -> None:
         "default_strength": 1.0,
         "provenance": {"method": "random"},
     }
-    answer = client.post(
+    return client.post(
         f"/v1/artifacts/{name}/versions",
         data={"manifest": json.dumps(manifest)},
         files=[("files", ("v.safetensors", save({"v": vector})))],
     )
-    answer.raise_for_status()
 
 
 def body(model: str, reference: str, **fields: Any) -> dict[str, Any]:
@@ -77,11 +76,11 @@ def used(client: httpx.Client, model: str, reference: str) -> int:
 
 def shared_store(one: httpx.Client, two: httpx.Client, model: str) -> dict[str, Any]:
     name = f"replicas-{uuid.uuid4().hex[:8]}"
-    publish(one, name, 1)
+    publish(one, name, 1).raise_for_status()
     started = time.perf_counter()
     assert used(two, model, f"{name}@1") == 1
     found = time.perf_counter() - started
-    publish(one, name, 2)
+    publish(one, name, 2).raise_for_status()
     delays = []
     for move in range(MOVES):
         version = 1 + move % 2
@@ -131,7 +130,7 @@ def through_the_router(address: str, replicas: list[httpx.Client], model: str) -
     before = [served(replica) for replica in replicas]
     with httpx.Client(base_url=address, timeout=300, trust_env=False) as client:
         name = f"routed-{uuid.uuid4().hex[:8]}"
-        publish(replicas[0], name, 3)
+        publish(replicas[0], name, 3).raise_for_status()
         versions = [used(client, model, name) for _ in range(REQUESTS)]
         reads, whole = 0, b""
         with client.stream("POST", "/v1/completions", json=body(model, name, stream=True, max_tokens=16)) as answer:

@@ -25,7 +25,7 @@ vectors of T smoothed, diag(s / sqrt(s^2 + lambda)) U^T T with H = U diag(s) V^T
 | states to fit on | last token | mean over all tokens | `last`; `mean` leaves out the first token |
 | component hidden | hidden states | BLOOM: the block's output; LLaMA: the MLP's, no residual | resid_post |
 | attention, ffn | attention and FFN outputs | - | attn_out, mlp_out |
-| embedding | the embeddings | - | not offered: the engine has no point before the first layer |
+| embedding | the embeddings | - | resid_pre, one map; the last token's says nothing of the sentence: pool `mean` |
 | every second pair | - | concatenated with its translation | `mix`: none, as the paper; or either of its two orders |
 | alpha | in [-1, 1], per language and task | swept by 0.1, on the test set | `default_strength`, 0.1 |
 | acts on | the prompt's last token, at every layer | with the values of a first pass | both: a request's `mode` |
@@ -46,12 +46,17 @@ from server.engine.edits import Point
 
 Array = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-Component = Literal["hidden", "attention", "ffn"]
+Component = Literal["hidden", "attention", "ffn", "embedding"]
 Pooling = Literal["last", "mean"]
 Solver = Literal["ridge", "min_norm"]
 Mix = Literal["none", "source_first", "target_first"]
 
-POINTS: dict[Component, Point] = {"hidden": "resid_post", "attention": "attn_out", "ffn": "mlp_out"}
+POINTS: dict[Component, Point] = {
+    "hidden": "resid_post",
+    "attention": "attn_out",
+    "ffn": "mlp_out",
+    "embedding": "resid_pre",
+}
 RIDGES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """Tried for each layer, in units of the mean squared length of a source state."""
 

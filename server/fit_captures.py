@@ -51,8 +51,8 @@ def _check_points(points: Sequence[Point], engine: Engine) -> None:
 async def captured(capture: Capture, engine: Engine, progress: Progress) -> Activations:
     """All that the capture wants, held in memory. ApiError as above."""
     wanted, texts = capture.wanted, await encoded(capture, engine)
-    layers = wanted.layers or tuple(range(engine.layers))
-    sites = tuple((point, layer) for point in wanted.points for layer in layers)
+    layers = {point: wanted.at(point, engine.layers) for point in wanted.points}
+    sites = tuple((point, layer) for point in wanted.points for layer in layers[point])
     span = Span(generation=False) if wanted.keep == "rows" else pooling_span(wanted.keep)
     spec = CaptureSpec(sites, span, "rows" if wanted.keep == "rows" else "mean")
     runs: list[dict[Point, tuple[Array, Array]] | None] = [None] * len(texts)
@@ -64,7 +64,7 @@ async def captured(capture: Capture, engine: Engine, progress: Progress) -> Acti
         nonlocal done
         async with slots:
             found = await engine.run_capture(texts[index], spec, detokenize=False)
-        runs[index] = {point: _stacked(found, point, layers, wanted) for point in wanted.points}
+        runs[index] = {point: _stacked(found, point, layers[point], wanted) for point in wanted.points}
         done += 1
         progress(done, len(texts))
 

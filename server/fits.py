@@ -162,8 +162,8 @@ class _Fit:
     async def _capture(self, wanted: Capture) -> Activations:
         if wanted not in self._captured:
             found = await captured(wanted, self.engine, self.context.progress)
-            layers = wanted.wanted.layers or range(self.engine.layers)
             for point, norms in found.norms.items():
+                layers = wanted.wanted.at(point, self.engine.layers)
                 self._h_norm.setdefault(point, {}).update(zip(layers, map(float, norms), strict=True))
             self._captured[wanted] = found
         return self._captured[wanted]

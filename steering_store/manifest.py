@@ -37,7 +37,7 @@ SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
 
 Kind = Literal["steering_vector", "neuron_set", "linear_map", "sae", "preset"]
-Point = Literal["resid_post", "mlp_out", "attn_out", "head_out", "mlp_act"]
+Point = Literal["resid_post", "mlp_out", "attn_out", "head_out", "mlp_act", "resid_pre"]
 Role = Literal["weights", "matrix", "left", "right", "encoder", "encoder_bias", "threshold", "decoder", "decoder_bias"]
 Activation = Literal["identity", "relu", "jumprelu"]
 DType = Literal["F16", "BF16", "F32", "F64", "I32", "I64"]

@@ -49,6 +49,11 @@ def _check_sites(manifest: Manifest) -> None:
                 f"sites.{i}.layer: {site.layer} is not below model.num_layers, {manifest.model.num_layers}",
                 f"sites.{i}.layer",
             )
+        if site.point == "resid_pre" and site.layer > 0:
+            raise InvalidManifest(
+                f"sites.{i}.layer: resid_pre is at layer 0 only; write resid_post.{site.layer - 1}, the same tensor",
+                f"sites.{i}.layer",
+            )
         if site.point != manifest.point:
             raise InvalidManifest(
                 f"sites.{i}.point: {site.point}, but the first site is at {manifest.point}; publish two artifacts",

@@ -18,7 +18,7 @@ router = APIRouter(tags=["capabilities"], route_class=EnvelopeRoute)
 
 
 class PointCapabilities(BaseModel):
-    """What can be done at one point, at all layers alike.
+    """What can be done at one point, at all layers alike; `resid_pre` is at layer 0 only.
 
     `width` is that of an activation, null where the point can't be edited; `shards` is the number of tensor-parallel
     ranks that hold a part of it each; `reason` says why some opcodes, or all, are missing.

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from server.engine.edits import POINTS, Point
+from server.engine.edits import POINTS, Point, layers_at
 from server.engine.site_names import SiteNameError, parse_site
 from server.engine.spans import Span, clip
 
@@ -119,10 +119,17 @@ def _crossed(raw: Mapping[Any, Any], layers: int) -> list[tuple[Site, str]]:
         if point not in POINTS:
             raise PlanError(f"sites.points.{index}", f"no such point; the points are {', '.join(POINTS)}")
     if wanted is None:
-        return [((point, layer), f"sites.points.{i}") for i, point in enumerate(points) for layer in range(layers)]
+        return [
+            ((point, layer), f"sites.points.{i}")
+            for i, point in enumerate(points)
+            for layer in layers_at(point, layers)
+        ]
     if not isinstance(wanted, list) or not wanted:
         raise PlanError("sites.layers", "need a list of layers, or null for all")
     for index, layer in enumerate(wanted):
         if type(layer) is not int or not 0 <= layer < layers:
             raise PlanError(f"sites.layers.{index}", f"need a layer from 0 to {layers - 1}")
+        if bare := [point for point in points if layer not in layers_at(point, layers)]:
+            instead = f"write resid_post.{layer - 1}, the same tensor"
+            raise PlanError(f"sites.layers.{index}", f"{bare[0]} is at layer 0 only: {instead}")
     return [((point, layer), f"sites.points.{i}") for i, point in enumerate(points) for layer in wanted]

@@ -17,12 +17,19 @@ from typing import Any, Literal, get_args
 from server.engine.spans import END, Interval, Span, SpanError, clip
 
 Opcode = Literal["add", "add_norm", "scale", "rank", "map", "set", "renorm", "gate"]
-Point = Literal["resid_post", "mlp_out", "attn_out", "head_out", "mlp_act"]
+Point = Literal["resid_post", "mlp_out", "attn_out", "head_out", "mlp_act", "resid_pre"]
 Activation = Literal["identity", "relu", "jumprelu"]
 
 OPCODES: tuple[Opcode, ...] = get_args(Opcode)
 POINTS: tuple[Point, ...] = get_args(Point)
 WITHOUT_OPERAND: frozenset[Opcode] = frozenset({"renorm"})
+
+
+def layers_at(point: Point, layers: int) -> tuple[int, ...]:
+    """The layers of a model at which a point is. `resid_pre` is at the first only, where it is the embeddings: before
+    any other layer the residual stream is the `resid_post` of the one before.
+    """
+    return (0,) if point == "resid_pre" else tuple(range(layers))
 
 
 def site_index(point: Point, layer: int, layers: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from server.engine.edits import POINTS, Point
+from server.engine.edits import POINTS, Point, layers_at
 
 TRANSFORMER_LENS: dict[str, Point] = {
     "hook_resid_post": "resid_post",
@@ -12,6 +12,7 @@ TRANSFORMER_LENS: dict[str, Point] = {
     "hook_attn_out": "attn_out",
     "attn.hook_z": "head_out",
     "mlp.hook_post": "mlp_act",
+    "hook_resid_pre": "resid_pre",
 }
 """TransformerLens' names of our points. Where a family normalizes a sub-layer's output before it joins the residual
 stream (Gemma 2 and 3, OLMo 2), TransformerLens' `hook_mlp_out` and `hook_attn_out` are the tensors behind that norm;
@@ -34,17 +35,20 @@ def parse_site(name: str) -> tuple[Point, int]:
     """The point and the layer that a name means. Raises SiteNameError."""
     if match := _LENS.fullmatch(name):
         hook, layer = match["hook"], int(match["layer"])
-        if hook == "hook_resid_pre":
-            instead = f"write resid_post.{layer - 1}, the same tensor" if layer else "the embeddings are no site"
-            raise SiteNameError(f"{name!r}: {instead}")
         if hook not in TRANSFORMER_LENS:
             raise SiteNameError(f"{name!r}: no such site; the hooks are {', '.join(TRANSFORMER_LENS)}")
-        return TRANSFORMER_LENS[hook], layer
+        return _site(name, TRANSFORMER_LENS[hook], layer)
     if match := _OURS.fullmatch(name):
         for point in POINTS:
             if point == match["point"]:
-                return point, int(match["layer"])
+                return _site(name, point, int(match["layer"]))
     raise SiteNameError(
         f"{name!r} is no site: write a point and a layer, such as resid_post.14 or blocks.14.hook_resid_post; the "
         f"points are {', '.join(POINTS)}"
     )
+
+
+def _site(name: str, point: Point, layer: int) -> tuple[Point, int]:
+    if layer not in layers_at(point, layer + 1):
+        raise SiteNameError(f"{name!r}: write resid_post.{layer - 1}, the same tensor")
+    return point, layer

@@ -13,11 +13,11 @@ from vllm.config import VllmConfig
 
 from server.engine.banks import Bank
 from server.engine.capture import CaptureSlice
-from server.engine.edits import OPCODES, POINTS, Opcode, Point, site_index
+from server.engine.edits import OPCODES, POINTS, Opcode, Point, layers_at, site_index
 from server.engine.ops import register
 from server.engine.ops.cpu_kernel import CpuKernel
 from server.engine.ops.tables import ELEMENTWISE, WIDEST, Tables
-from server.engine.points import Place, UnsupportedModel, decoder_layers, places
+from server.engine.points import Place, UnsupportedModel, decoder_layers, parameters, places
 from server.engine.routing import Router
 
 CONFIG_KEY = "polyhelm"
@@ -79,11 +79,16 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> Installation:
     tables = Tables(
         bank,
         len(POINTS) * count,
-        {site_index(point, layer, count): width for point, width in widths.items() for layer in range(count)},
+        {site_index(point, n, count): width for point, width in widths.items() for n in layers_at(point, count)},
         max_rows=vllm_config.scheduler_config.max_num_seqs,
         max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         max_edits=config["max_edits"],
-        map_sites=frozenset(site_index(point, n, count) for point in widths for n in layers if point in mapped),
+        map_sites=frozenset(
+            site_index(point, n, count)
+            for point in widths
+            for n in layers_at(point, count)
+            if n in layers and point in mapped
+        ),
     )
     router = Router(tables, count)
     executor = TritonExecutor(router) if is_triton else CpuExecutor(router, model_config.dtype)
@@ -91,7 +96,7 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> Installation:
     for number, layer in layers.items():
         found, _ = places(layer, hidden_size)
         for point, info in points.items():
-            if not info.opcodes:
+            if not info.opcodes or number not in layers_at(point, count):
                 continue
             site = site_index(point, number, count)
             where = torch.tensor([site], dtype=torch.int32, device=device)
@@ -123,7 +128,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 def _points(
     layers: dict[int, nn.Module], wanted: Sequence[Point], hidden_size: int, insist: bool
 ) -> dict[Point, PointInfo]:
-    """What each point can do, at all layers alike. UnsupportedModel where a point was asked for and can't be had."""
+    """What each point can do, wherever it is alike. UnsupportedModel where a point was asked for and can't be had."""
     points: dict[Point, PointInfo] = {}
     found = [places(layer, hidden_size) for layer in layers.values()]
     for point in POINTS:
@@ -204,12 +209,13 @@ def _wrap(place: Place, op: Op, works: list[list[CaptureSlice] | None] | None, s
     """Call `op` on the activation of every step, or, given `works`, of those steps that have work at the site: then one
     branch is all that an idle site costs.
     """
-    forward = place.module.forward
+    forward, name = place.module.forward, place.receives
+    index = parameters(place.module).index(name) if name is not None else 0
 
-    def receiving(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def receiving(*args: Any, **kwargs: Any) -> Any:
         if works is None or works[site] is not None:
-            op(_tokens(x), None)
-        return forward(x, *args, **kwargs)
+            op(_tokens(args[index] if index < len(args) else kwargs[name]), None)
+        return forward(*args, **kwargs)
 
     def returning(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
@@ -218,7 +224,7 @@ def _wrap(place: Place, op: Op, works: list[list[CaptureSlice] | None] | None, s
             op(stream, addend)
         return output
 
-    place.module.forward = receiving if place.receives else returning  # type: ignore[method-assign]
+    place.module.forward = receiving if name is not None else returning  # type: ignore[method-assign]
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, field_validator
 
-from server.engine.edits import Point
+from server.engine.edits import Point, layers_at
 from server.tuning.task import Tune
 from steering_store import Store
 from steering_store.manifest import Activation, Kind, Language, Role
@@ -88,6 +88,10 @@ class Wanted:
     points: tuple[Point, ...]
     keep: Keep
     layers: tuple[int, ...] | None = None
+
+    def at(self, point: Point, layers: int) -> tuple[int, ...]:
+        """The layers at which to capture a point of a model with so many."""
+        return self.layers or layers_at(point, layers)
 
 
 class Capture(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from methods import incline
+from server.engine.edits import layers_at
 from server.fit_methods.base import (
     Activations,
     DataText,
@@ -71,7 +72,7 @@ class InclineSpec(OnePassSpec):
 
     def fit(self, activations: Activations, model: ModelShape, progress: Progress) -> Fitted:
         options = self.options
-        layers = options.default_layers or list(range(model.layers))
+        layers = options.default_layers or list(layers_at(incline.POINTS[options.component], model.layers))
         config = incline.Config(**options.model_dump(exclude={"default_layers"}), default_layers=tuple(layers))
         x = activations.pooled[config.point]
         if config.rank is not None and config.rank > (most := min(len(self.pairs), x.shape[2])):

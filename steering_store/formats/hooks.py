@@ -15,6 +15,7 @@ _HOOKS: dict[str, Point] = {
     "hook_mlp_out": "mlp_out",
     "attn.hook_z": "head_out",
     "mlp.hook_post": "mlp_act",
+    "hook_resid_pre": "resid_pre",
 }
 _MODULES: dict[str | None, Point] = {
     None: "resid_post",

@@ -86,6 +86,14 @@ def test_incline_publishes_maps_of_every_layer_with_their_errors_and_languages(t
     assert {f"heldout_error.{layer}" for layer in range(LAYERS)} < manifest.metrics.keys()
 
 
+def test_incline_of_the_embeddings_is_one_map_before_the_first_layer(tmp_path: Path) -> None:
+    options = {"source_language": "sw", "component": "embedding", "pooling": "mean"}
+    version = fitted(tmp_path, "incline", TRANSLATED, options=options)
+    manifest = version.manifest
+    assert (manifest.point, manifest.layers, manifest.default_layers) == ("resid_pre", [0], [0])
+    assert tensors(tmp_path, version).keys() == {(0, "matrix")}
+
+
 def test_incline_of_a_rank_publishes_factors(tmp_path: Path) -> None:
     version = fitted(tmp_path, "incline", TRANSLATED, options={"source_language": "sw", "rank": 2})
     found = tensors(tmp_path, version)

@@ -60,6 +60,7 @@ def changed(manifest: Content, path: str, value: Any) -> Content:
         ("h_norm", {"2": 0.0}, "h_norm.2"),
         ("h_norm", {"2": float("inf")}, "h_norm.2"),
         ("h_norm", {"4": 1.0}, "h_norm.4"),
+        ("sites.0.point", "resid_pre", "sites.0.layer"),
         ("languages", ["not a language"], "languages.0"),
         ("files", [{"path": "/etc/passwd", "size": 1, "sha256": "0" * 64}], "files.0.path"),
         ("files", [{"path": "v.safetensors", "size": 1, "sha256": "0" * 64}] * 2, "files"),

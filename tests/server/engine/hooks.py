@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from server.engine.edits import Edit, Point, Program
+from server.engine.edits import Edit, Point, Program, layers_at
 
 Tensors = Mapping[str, Mapping[int, Mapping[str, np.ndarray]]]
 """By bank key, layer and role; `left` as [width, rank]."""
@@ -24,6 +24,7 @@ def module_of(layer: nn.Module, point: Point) -> tuple[nn.Module, bool]:
         "mlp_out": (layer.mlp, False),
         "head_out": (layer.self_attn.o_proj, True),
         "mlp_act": (layer.mlp.down_proj, True),
+        "resid_pre": (layer, True),
     }[point]
 
 
@@ -33,6 +34,8 @@ def hooked(model: nn.Module, points: Any, at: Callable[[Point, int, torch.Tensor
     with ExitStack() as stack:
         for number, layer in enumerate(model.model.layers):
             for point in points:
+                if number not in layers_at(point, len(model.model.layers)):
+                    continue
                 module, receives = module_of(layer, point)
                 handle = (module.register_forward_pre_hook if receives else module.register_forward_hook)(
                     _hook(point, number, receives, at)

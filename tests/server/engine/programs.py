@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from server.engine.edits import Condition, Edit, Function, Point, Program, ProgramError
+from server.engine.edits import Condition, Edit, Function, Point, Program, ProgramError, layers_at
 from server.engine.operands import Operand, Role, pack
 from server.engine.spans import Span
 
@@ -71,13 +71,15 @@ def random_edit(rng: random.Random, layers: int, points: tuple[Point, ...], stre
     kind = {"add": "vector", "add_norm": "vector", "scale": "mask", "rank": "rank", "set": "vector"}.get(opcode)
     if opcode == "map":
         kind = rng.choice(["matrix", "factors"])
+    point = rng.choice(points)
+    there = layers_at(point, layers)
     return Edit(
         opcode,  # type: ignore[arg-type]
         None if opcode == "renorm" else f"{kind}-{number}",
-        tuple(sorted(rng.sample(range(layers), rng.randint(1, layers)))),
+        tuple(sorted(rng.sample(there, rng.randint(1, len(there))))),
         rng.choice([rng.uniform(-strength, strength), 0.0]) if rng.random() < 0.3 else rng.uniform(-strength, strength),
         rng.choice(SPANS),
-        rng.choice(points),
+        point,
         function=rng.choice(FUNCTIONS) if opcode == "rank" else None,
     )
 
@@ -107,7 +109,8 @@ def gated(rng: random.Random, edits: list[Edit], layers: int) -> list[Edit]:
         scope,  # type: ignore[arg-type]
     )
     point = edits[0].point
-    where = tuple(range(layers)) if scope == "token" else (rng.randrange(layers),)
+    there = layers_at(point, layers)
+    where = there if scope == "token" else (rng.choice(there),)
     gate = Edit("gate", f"vector-{rng.randrange(2)}", where, 1.0, rng.choice(SPANS[:3]), point, condition=condition)
     obeys = [rng.random() < 0.8 and (scope == "sequence" or edit.point == point) for edit in edits]
     return [

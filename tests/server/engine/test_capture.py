@@ -215,6 +215,8 @@ os._exit(0)
         ({"points": ["resid_post"], "layers": [0, 4]}, "sites.layers.1", "0 to 3"),
         ({"points": ["resid_post"], "layers": []}, "sites.layers", "null for all"),
         ({"points": ["resid_post"], "layer": [0]}, "sites.layer", "remove it"),
+        ({"points": ["resid_post", "resid_pre"], "layers": [0, 2]}, "sites.layers.1", "resid_post.1, the same tensor"),
+        (["resid_pre.2"], "sites.0", "resid_post.1, the same tensor"),
     ],
 )
 def test_sites_that_cannot_be_meant_name_their_field(sites: object, field: str, words: str) -> None:

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from server.engine.capture import CaptureSpec
-from server.engine.edits import POINTS, Condition, Edit, Point, Program
+from server.engine.edits import POINTS, Condition, Edit, Point, Program, layers_at
 from server.engine.operands import pack
 from server.engine.spans import Span
 from tests.server.engine.child import Request, Result, run_engine
@@ -56,7 +56,8 @@ SPANS = {"all": Span(), "last": LAST, "window": Span(False, False, prompt_window
 
 def programs(point: Point, layers: int) -> dict[str, tuple[Edit, ...]]:
     """Each opcode, function and gate at one point, under the spans in turn."""
-    everywhere, middle = tuple(range(layers)), (layers // 2,)
+    everywhere = layers_at(point, layers)
+    middle = (everywhere[len(everywhere) // 2],)
     made: dict[str, tuple[Edit, ...]] = {}
 
     def every_span(
@@ -110,8 +111,9 @@ def check(
     clean = activations(model, points, prompt())
     tensors: dict = {}
     for point in points:
-        typical, width = clean[point, layers // 2].square().mean().sqrt().item(), clean[point, 0].shape[1]
-        tensors |= {f"{point}-{key}": v for key, v in tensors_for(layers, width, typical, len(tensors)).items()}
+        there = layers_at(point, layers)
+        typical, width = clean[point, there[len(there) // 2]].square().mean().sqrt().item(), clean[point, 0].shape[1]
+        tensors |= {f"{point}-{key}": v for key, v in tensors_for(len(there), width, typical, len(tensors)).items()}
     cases = {f"{point} {name}": edits for point in points for name, edits in programs(point, layers).items()}
     dice = random.Random(0)
     for index in range(random_programs):
@@ -126,7 +128,7 @@ def check(
         "max_num_batched_tokens": 64,
         **(engine_args or {}),
     }
-    everything = Span(), [(point, layer) for point in points for layer in range(layers)]
+    everything = Span(), [(point, layer) for point in points for layer in layers_at(point, layers)]
     captures = [
         (requests[0].prompt, CaptureSpec(tuple(everything[1]), everything[0], keep)) for keep in ("rows", "mean")
     ]

@@ -29,7 +29,7 @@ def test_both_spellings_name_a_site(name: str, site: tuple[str, int]) -> None:
         ("resid_mid.3", "the points are"),
         ("blocks.3.hook_resid_mid", "hook_resid_post"),
         ("blocks.3.hook_resid_pre", "resid_post.2, the same tensor"),
-        ("blocks.0.hook_resid_pre", "embeddings"),
+        ("resid_pre.3", "resid_post.2, the same tensor"),
         ("blocks.x.hook_resid_post", "blocks.14"),
         ("", "no site"),
     ],

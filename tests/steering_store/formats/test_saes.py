@@ -128,7 +128,6 @@ def saelens(folder: Path, architecture: str = "jumprelu", **config: object) -> P
         ({"normalize_activations": "layer_norm"}, UnsupportedFile, "layer_norm"),
         ({"normalize_activations": "expected_average_only_in"}, InvalidManifest, "norm_factor"),
         ({"metadata": {"hook_name": "blocks.1.hook_resid_mid"}}, UnsupportedFile, "hook_resid_mid"),
-        ({"metadata": {"hook_name": "blocks.0.hook_resid_pre"}}, UnsupportedFile, "hook_resid_pre"),
         ({"metadata": {"hook_name": "blocks.6.hook_resid_post"}}, InvalidManifest, "layer"),
         ({"metadata": {}}, InvalidManifest, "point"),
         ({"metadata": {"hook_name": "blocks.1.attn.hook_z", "hook_head_index": 3}}, UnsupportedFile, "head"),

@@ -155,6 +155,7 @@ def test_gguf_model_is_no_control_vector(tmp_path: Path) -> None:
         ("attn_out.3", ("attn_out", 3)),
         ("blocks.3.hook_resid_post", ("resid_post", 3)),
         ("blocks.3.hook_resid_pre", ("resid_post", 2)),
+        ("blocks.0.hook_resid_pre", ("resid_pre", 0)),
         ("model.layers.3.mlp", ("mlp_out", 3)),
         ("transformer.h.3", ("resid_post", 3)),
         ("layer3.v", ("resid_post", 3)),
