@@ -15,7 +15,7 @@ from kb import encoders
 from kb.index import IndexOptions
 from kb.knowledge_base import KnowledgeBase
 from kb.scope import storage as scope
-from server import __version__, experts
+from server import __version__, experts, metrics
 from server.api import (
     activations,
     aliases,
@@ -211,6 +211,7 @@ def extend(app: FastAPI, polyhelm: Polyhelm) -> FastAPI:
     guard(app, polyhelm)
     polyhelm.fits.start()
     polyhelm.leases.start()
+    state.follow_facts = asyncio.create_task(metrics.follow_facts(polyhelm.kb))
     return app
 
 

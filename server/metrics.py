@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from kb.errors import CollectionNotFound, KbError
 from server.request_context import current
 
 if TYPE_CHECKING:
+    from kb.knowledge_base import KnowledgeBase
     from server.api.receipts import Receipt
+
+log = logging.getLogger(__name__)
 
 INTERVENTIONS = Counter("polyhelm_interventions", "Edits that were applied to requests.", ["opcode"])
 TOKENS_TOUCHED = Counter("polyhelm_tokens_touched", "Tokens that the op edited, each edit by itself.", ["opcode"])
@@ -30,6 +37,11 @@ DRAINING = Gauge(
 )
 KB_ENCODE = Histogram("polyhelm_kb_encode_seconds", "Until a question is a vector, waiting for others included.")
 KB_SEARCH = Histogram("polyhelm_kb_search_seconds", "Looking for the facts that a question or a vector is about.")
+KB_FACTS = Gauge(
+    "polyhelm_kb_facts",
+    "Facts that can be found, in all collections; counted now and then.",
+    multiprocess_mode="mostrecent",
+)
 KB_LOOKUPS = Counter("polyhelm_kb_lookups", "Requests with the knowledge field, by what was decided.", ["decision"])
 FIRST_BYTE = Histogram(
     "polyhelm_time_to_first_byte_seconds",
@@ -37,6 +49,28 @@ FIRST_BYTE = Histogram(
     ["route"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
 )
+
+
+FACTS_SECONDS = 15.0
+
+
+async def follow_facts(kb: KnowledgeBase) -> None:
+    """Count the facts now, and again every FACTS_SECONDS."""
+    while True:
+        try:
+            KB_FACTS.set(await asyncio.to_thread(_facts, kb))
+        except KbError as error:
+            log.warning("the facts can't be counted: %s", error)
+        await asyncio.sleep(FACTS_SECONDS)
+
+
+def _facts(kb: KnowledgeBase) -> int:
+    found = 0
+    for info in kb.collections():
+        # It may have been dropped since.
+        with suppress(CollectionNotFound):
+            found += kb.collection(info.name).stats().facts
+    return found
 
 
 def applied(receipt: Receipt) -> None:

@@ -20,7 +20,7 @@ DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text("utf-8"))
 ALERTS = yaml.safe_load((MONITORING / "alerts.yaml").read_text("utf-8"))["groups"][0]["rules"]
 OF_PROMETHEUS = {"up"}
 LABELS_OF_PROMETHEUS = {"job", "instance"}
-OUTCOMES = {"polyhelm_rejected", "polyhelm_fits"}
+OUTCOMES = {"polyhelm_rejected", "polyhelm_fits", "polyhelm_kb_lookups"}
 """Have labels, and no samples before something happened."""
 
 
