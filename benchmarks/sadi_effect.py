@@ -9,7 +9,8 @@ SADI scales the attention heads that differ most between right and wrong answers
 many heads drawn at random; `fixed` adds SADI's masked mean difference to the same heads; CAA adds the mean difference
 of one layer's residual stream (methods/caa.py).
 
-The data folder has tasks/boolq (BoolQ, CC-BY-SA-3.0), steering/caa (contrastive A/B pairs of Rimsky et al. 2024, MIT;
+The data folder has tasks/truthfulqa (TruthfulQA, Lin et al. 2022, Apache-2.0; is an answer true, yes or no?),
+steering/caa (contrastive A/B pairs of Rimsky et al. 2024, MIT;
 the wished answer is the one that shows the behaviour) and steering/sentiment_cad (film reviews of Kaushik et al. 2020,
 Apache-2.0).
 
@@ -71,22 +72,25 @@ class Task:
     test: list[Question]
 
 
-def boolq(data: Path) -> list[Question]:
-    rows = [json.loads(line) for line in (data / "tasks/boolq/boolq_head600.jsonl").read_text("utf-8").splitlines()]
-    words = {True: (" yes", " no"), False: (" no", " yes")}
-    return [Question(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", *words[row["answer"]]) for row in rows]
+def truth(data: Path) -> list[Question]:
+    """A true and a false answer to the questions in turn."""
+    rows, asked = json.loads((data / "tasks/truthfulqa/mc_task.json").read_text("utf-8")), []
+    for index, row in enumerate(rows):
+        is_true = index % 2 == 0
+        answer = next(text for text, right in row["mc1_targets"].items() if right == is_true)
+        words = (" yes", " no") if is_true else (" no", " yes")
+        asked.append(
+            Question(f"Question: {row['question']}\nAnswer: {answer}\nIs this answer true, yes or no?", *words)
+        )
+    return asked
 
 
 def behaviour(data: Path, name: str) -> list[Question]:
+    """Of the questions with two answers."""
     rows = json.loads((data / f"steering/caa/generate.{name}.generate_dataset.json").read_text("utf-8"))
-    return [
-        Question(
-            f"{row['question']}\n\nAnswer: (",
-            row["answer_matching_behavior"].strip(" ()"),
-            row["answer_not_matching_behavior"].strip(" ()"),
-        )
-        for row in rows
-    ]
+    names = ("answer_matching_behavior", "answer_not_matching_behavior")
+    pairs = [(f"{row['question']}\n\nAnswer: (", *(row[name].strip(" ()") for name in names)) for row in rows]
+    return [Question(*pair) for pair in pairs if set(pair[1:]) == {"A", "B"}]
 
 
 def sentiment(data: Path) -> list[Question]:
@@ -100,6 +104,8 @@ def split(name: str, questions: list[Question], fit: int, tune: int, test: int) 
     """The shortest ones, shuffled once."""
     short = sorted(questions, key=lambda each: len(each.prompt))[: fit + tune + test]
     random.Random(SEED).shuffle(short)
+    if len({each.right for each in short}) < 2:
+        raise ValueError(f"{name}: one answer is always right, which a bias would be enough for")
     return Task(name, short[:fit], short[fit : fit + tune], short[fit + tune : fit + tune + test])
 
 
@@ -206,7 +212,7 @@ def run_task(model: LocalModel, task: Task, heads: int) -> dict[str, Any]:
 def measure(options: argparse.Namespace) -> None:
     """Publishes after every task."""
     tasks = {
-        "boolq": lambda: boolq(options.data),
+        "truthfulqa": lambda: truth(options.data),
         options.behaviour: lambda: behaviour(options.data, options.behaviour),
         "sentiment": lambda: sentiment(options.data),
     }
