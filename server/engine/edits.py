@@ -184,14 +184,16 @@ class Program:
         return hashlib.sha256(_canonical(bodies)).hexdigest()
 
     def check(self) -> None:
-        """Raise ProgramError where an edit names no fitting gate, a gate couldn't decide for it, or there are more
-        bounds than MAX_BOUNDS.
+        """Raise ProgramError where an edit acts at no site or names no fitting gate, a gate couldn't decide for it, or
+        there are more bounds than MAX_BOUNDS.
         """
         bounds = 0
         for index, edit in enumerate(self.edits):
             bounds += edit.function.bounds if edit.function is not None else 0
             if bounds > MAX_BOUNDS:
                 raise ProgramError(index, f"{bounds} bounds up to here, over the limit of {MAX_BOUNDS}: clamp fewer")
+            if edit.point == "resid_pre" and edit.layers != (0,):
+                raise ProgramError(index, f"resid_pre is at layer 0 only, and the edit acts at {list(edit.layers)}")
             if (edit.opcode == "gate") != (edit.condition is not None):
                 raise ProgramError(index, "a gate needs a condition, and nothing else has one")
             if (edit.opcode in WITHOUT_OPERAND) != (edit.operand is None):

@@ -19,7 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 
 from server.engine.client import Counts, Engine
-from server.engine.edits import Edit, Point, Program
+from server.engine.edits import Edit, Point, Program, layers_at
 from server.engine.operands import Operand, pack
 from server.engine.seams import PROGRAM, SeamError
 
@@ -49,7 +49,8 @@ async def _load(engine: Engine, program: Program) -> None:
 
     async def operand() -> Operand:
         rng = np.random.default_rng(0)
-        return pack({layer: {"mask": rng.integers(0, 2, width).astype(np.float32)} for layer in range(engine.layers)})
+        layers = layers_at(edit.point, engine.layers)
+        return pack({layer: {"mask": rng.integers(0, 2, width).astype(np.float32)} for layer in layers})
 
     await engine.ensure(program, {edit.operand: operand})
 
@@ -65,7 +66,7 @@ def _first(output: RequestOutput) -> tuple[int, float | None]:
 
 async def _check_sites(engine: Engine, point: Point, own: str) -> None:
     """One request per layer, all in one batch with an unsteered one. `own` is in the names of this probe only."""
-    prompt = list(range(5, 5 + PROMPT_TOKENS))
+    prompt, layers = list(range(5, 5 + PROMPT_TOKENS)), layers_at(point, engine.layers)
     await _load(engine, _program(point, 0))
 
     async def steered(layer: int) -> tuple[tuple[int, float | None], Counts]:
@@ -74,9 +75,9 @@ async def _check_sites(engine: Engine, point: Point, own: str) -> None:
         return _first(output), await engine.receipt(receipt)
 
     plain, *results = await asyncio.gather(
-        engine.generate(prompt, _greedy(), cache_salt=own), *(steered(layer) for layer in range(engine.layers))
+        engine.generate(prompt, _greedy(), cache_salt=own), *(steered(layer) for layer in layers)
     )
-    for layer, (first, counts) in enumerate(results):
+    for layer, (first, counts) in zip(layers, results, strict=True):
         if first == _first(plain):
             raise SeamError(f"{point}.{layer} is installed but editing it doesn't change the output")
         if counts != Counts([[PROMPT_TOKENS]], [0]):

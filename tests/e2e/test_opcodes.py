@@ -39,7 +39,7 @@ def publish(server: Server, name: str, kind: str, point: str, tensors: Tensors, 
         kind=kind,
         default_layers=None,
         default_strength=1.0,
-        h_norm={str(layer): 80.0 for layer in LAYERS},
+        h_norm={str(layer): 80.0 for layer, _ in tensors},
         sites=[
             {
                 "point": point,
@@ -60,6 +60,10 @@ def publish(server: Server, name: str, kind: str, point: str, tensors: Tensors, 
     assert response.status_code in (200, 201), response.text
     version: dict[str, Any] = response.json()
     return version
+
+
+ALONE = ("mlp_out", "attn_out", "head_out", "mlp_act", "resid_pre")
+"""Points at which one artifact each acts here; most others act at resid_post."""
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +93,10 @@ def artifacts(server: Server) -> dict[str, Any]:
     factors: Tensors = {(LAYER, "left"): left, (LAYER, "right"): right}
     made["factored"] = publish(server, "factored", "linear_map", "resid_post", factors)
     made["product"] = publish(server, "product", "linear_map", "resid_post", {(LAYER, "matrix"): left @ right})
-    for point, width in (("mlp_out", hidden), ("attn_out", hidden), ("head_out", hidden), ("mlp_act", neurons)):
-        name = f"at-{point.replace('_', '-')}"
-        made[name] = publish(server, name, "steering_vector", point, {(n, None): 20 * unit_rows(width) for n in LAYERS})
+    for point in ALONE:
+        name, width = f"at-{point.replace('_', '-')}", server.capabilities["points"][point]["width"]
+        layers = (0,) if point == "resid_pre" else LAYERS
+        made[name] = publish(server, name, "steering_vector", point, {(n, None): 20 * unit_rows(width) for n in layers})
     return made
 
 
@@ -129,10 +134,7 @@ OPS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"artifact": "vector", "condition": OPEN | {"scope": "sequence", "site": "blocks.10.hook_resid_post"}},
         ["gate", "add"],
     ),
-    **{
-        point: ({"artifact": f"at-{point.replace('_', '-')}"}, ["add"])
-        for point in ("mlp_out", "attn_out", "head_out", "mlp_act")
-    },
+    **{point: ({"artifact": f"at-{point.replace('_', '-')}"}, ["add"]) for point in ALONE},
 }
 
 

@@ -290,7 +290,14 @@ def test_capabilities_name_the_model_and_the_limits(server: Server) -> None:
     assert (told["layers"], told["hidden_size"], told["limits"]["bank_bytes"]) == (30, 576, 256 << 20)
     assert (told["prefix_cache"], told["captures"], told["limits"]["max_edits"]) == ("tagged", None, 16)
     widths = {point: described["width"] for point, described in told["points"].items()}
-    assert widths == {"resid_post": 576, "mlp_out": 576, "attn_out": 576, "head_out": 576, "mlp_act": 1536}
+    assert widths == {
+        "resid_post": 576,
+        "mlp_out": 576,
+        "attn_out": 576,
+        "head_out": 576,
+        "mlp_act": 1536,
+        "resid_pre": 576,
+    }
     assert all(described["opcodes"] == told["opcodes"] for described in told["points"].values())
 
 

@@ -154,6 +154,13 @@ def test_a_condition_that_is_decided_behind_the_span_is_refused() -> None:
         Program((Edit("add", "v", (0,), 1.0, Span(prompt=False)),)).check_spans(6, 1)
 
 
+def test_the_embeddings_are_a_site_of_the_first_layer_only() -> None:
+    Program((Edit("add", "v", (0,), point="resid_pre"),)).check()
+    with pytest.raises(ProgramError, match="layer 0 only") as refused:
+        Program((Edit("add", "v", (0,)), Edit("add", "v", (0, 1), point="resid_pre"))).check()
+    assert refused.value.index == 1
+
+
 def test_more_bounds_than_a_row_on_the_device_has_room_for_are_refused() -> None:
     clamped = Edit("rank", "sae", (1,), function=Function(low=(0.0,) * 256))
     Program((clamped,) * 4).check()
