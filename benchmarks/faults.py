@@ -189,14 +189,24 @@ class Run:
         raise SystemExit("the server doesn't become ready; see faults.log in the data folder")
 
     def faults(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        yield "kill -9 of the worker", lambda: self.supervisor.named("VLLM::Worker").kill()
-        yield "kill -9 of the engine core", lambda: self.supervisor.named("EngineCore").kill()
-        yield "kill -9 of the API process", lambda: self.supervisor.process.kill()
+        yield "kill -9 of the worker", lambda: self._die(self.supervisor.named("VLLM::Worker"))
+        yield "kill -9 of the engine core", lambda: self._die(self.supervisor.named("EngineCore"))
+        yield "kill -9 of the API process", lambda: self._die(self.supervisor.process)
         yield "full disk", lambda: self._for_a_while(self._full_disk)
         yield "read-only store", lambda: self._for_a_while(self._read_only)
         yield "locked databases", lambda: self._for_a_while(self._locked, 8.0)
         if self.supervisor._variables.get("LD_PRELOAD"):
             yield "clock an hour ahead, and back", lambda: self._for_a_while(self._ahead)
+
+    def _die(self, process: psutil.Process | subprocess.Popen[bytes]) -> str:
+        """Kill one process; the whole server must end, so that it is started again."""
+        before, started = len(self.supervisor.exits), time.monotonic()
+        process.kill()
+        while len(self.supervisor.exits) == before:
+            if time.monotonic() - started > READY_SECONDS:
+                raise SystemExit("the server lives on without one of its processes")
+            time.sleep(0.05)
+        return f"the server ended after {time.monotonic() - started:.1f} s"
 
     def _for_a_while(self, fault: Callable[[], Any], seconds: float = FAULT_SECONDS) -> str | None:
         try:
