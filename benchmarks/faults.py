@@ -2,15 +2,13 @@
 
 A supervisor starts `polyhelm serve` again whenever it ends, as a container runtime does. Clients complete steered and
 unsteered prompts all the time, and writers publish artifacts, move an alias and upload facts, and remember what was
-acknowledged. Then, one after the other: kill -9 of the worker, of the engine core, of the API process; a disk that
-takes no more (a limit of 0 on the size of files); a store that is read-only (a bind mount, where this may be done);
+acknowledged. Then, one after the other: kill -9 of the worker, of the engine core, of the API process; a full disk (a
+tmpfs of 512 MiB for all data, where this may be mounted); a store that is read-only (a bind mount);
 databases that another process locks; a corrupt blob; a clock that jumps an hour ahead and back (given --faketime, the
 library libfaketime.so.1). After each fault the server must become ready by itself, answer as before, and know all that
 it has ever acknowledged. Writes results/faults.json; exits with 1 where that isn't so.
 
-    .venv/bin/python benchmarks/faults.py --data-dir FOLDER [--faketime libfaketime.so.1]
-
-FOLDER may hold `models/`, so that the demo model isn't converted again.
+    .venv/bin/python benchmarks/faults.py --data-dir FOLDER --models polyhelm-data/models [--faketime libfaketime.so.1]
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import signal
 import sqlite3
 import subprocess
@@ -77,6 +74,11 @@ class Supervisor:
         if not found:
             raise SystemExit(f"the server has no process named {name}")
         return found[-1]
+
+    def kill(self) -> None:
+        self._ending = True
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self) -> int:
         self._ending = True
@@ -162,6 +164,9 @@ class Load:
 class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.data: Path = options.data_dir
+        mount = ["mount", "-t", "tmpfs", "-o", "size=512m", "polyhelm-faults", str(self.data)]
+        self._mounted = subprocess.run(mount, capture_output=True).returncode == 0
+        (self.data / "models").symlink_to(options.models.resolve())
         self.url = f"http://127.0.0.1:{options.port}"
         self.clock = self.data / "clock"
         self.clock.write_text("+0\n")
@@ -178,6 +183,11 @@ class Run:
         self.supervisor = Supervisor(command, variables, self.data / "faults.log")
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
 
+    def close(self) -> None:
+        self.supervisor.kill()
+        if self._mounted:
+            subprocess.run(["umount", "--lazy", str(self.data)], check=True)
+
     def wait_until_ready(self) -> float:
         """Seconds until a completion succeeds."""
         started = time.monotonic()
@@ -192,7 +202,8 @@ class Run:
         yield "kill -9 of the worker", lambda: self._die(self.supervisor.named("VLLM::Worker"))
         yield "kill -9 of the engine core", lambda: self._die(self.supervisor.named("EngineCore"))
         yield "kill -9 of the API process", lambda: self._die(self.supervisor.process)
-        yield "full disk", lambda: self._for_a_while(self._full_disk)
+        if self._mounted:
+            yield "full disk", lambda: self._for_a_while(self._full_disk)
         yield "read-only store", lambda: self._for_a_while(self._read_only)
         yield "locked databases", lambda: self._for_a_while(self._locked, 8.0)
         if self.supervisor._variables.get("LD_PRELOAD"):
@@ -212,23 +223,23 @@ class Run:
         try:
             with fault():
                 time.sleep(seconds)
-        except (subprocess.CalledProcessError, OSError) as error:
+        except (subprocess.CalledProcessError, OSError, sqlite3.Error) as error:
             return f"not done: {error}"
         return None
 
     @contextmanager
     def _full_disk(self) -> Iterator[None]:
-        """No process of the server can make any file longer."""
-        family, kind = self.supervisor.family(), resource.RLIMIT_FSIZE
-        before = [resource.prlimit(each.pid, kind) for each in family]
-        for each, (_, hard) in zip(family, before, strict=True):
-            resource.prlimit(each.pid, kind, (0, hard))
+        """Not a byte is left where the store, the facts and the log are."""
+        filler = self.data / "filler"
         try:
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                for size in (1 << 20, 1 << 12, 1):
+                    with suppress(OSError):
+                        while file.write(b"x" * size):
+                            pass
             yield
         finally:
-            for each, limit in zip(family, before, strict=True):
-                with suppress(ProcessLookupError):
-                    resource.prlimit(each.pid, kind, limit)
+            filler.unlink()
 
     @contextmanager
     def _read_only(self) -> Iterator[None]:
@@ -324,6 +335,7 @@ class Run:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True, help="models that are converted already")
     parser.add_argument("--port", type=int, default=8170)
     parser.add_argument("--faketime", type=Path)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -333,9 +345,7 @@ def main() -> int:
     try:
         result = run.run()
     finally:
-        with suppress(ProcessLookupError):
-            run.supervisor._ending = True
-            os.killpg(run.supervisor.process.pid, signal.SIGKILL)
+        run.close()
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [row["fault"] for row in result["faults"] if row["lost"] or not row["answers_as_before"]]
     return 1 if wrong or result["lost"] or result["corrupt_blob"]["others"] != 200 else 0

@@ -15,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from steering_store.errors import CorruptArtifact, StoreFull, TooLarge
+from steering_store.errors import READ_ONLY, CorruptArtifact, StoreFull, StoreReadOnly, TooLarge
 from steering_store.manifest import FileEntry
 
 Source = Path | bytes | BinaryIO
@@ -49,7 +49,7 @@ class Blobs:
 
         Raises TooLarge beyond `limit` bytes, StoreFull.
         """
-        with _full_disk_named(), self._locked_tmp() as writer:
+        with _disk_named(), self._locked_tmp() as writer:
             path = Path(writer.name)
             try:
                 size, sha256 = _copy(source, writer, limit)
@@ -63,7 +63,7 @@ class Blobs:
         Call it in the transaction that makes the blob somebody's, or a sweep may take it.
         """
         target = self.path(staged.sha256)
-        with _full_disk_named():
+        with _disk_named():
             target.parent.mkdir(exist_ok=True)
             os.replace(staged.path, target)
             fsync(target.parent)
@@ -189,10 +189,12 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _full_disk_named() -> Iterator[None]:
+def _disk_named() -> Iterator[None]:
     try:
         yield
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreFull("the store's disk is full; free some room and publish again") from exc
+        if exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise StoreReadOnly(READ_ONLY) from exc
         raise

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from steering_store.errors import StoreBusy, StoreError, StoreFull
+from steering_store.errors import READ_ONLY, StoreBusy, StoreError, StoreFull, StoreReadOnly
 
 BUSY_SECONDS = 30.0
 
@@ -121,7 +121,7 @@ def open_connection(path: Path, check_same_thread: bool = True) -> sqlite3.Conne
 
 @contextmanager
 def sqlite_errors_named(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into StoreBusy, StoreFull or StoreError."""
+    """Turn SQLite's errors into StoreBusy, StoreFull, StoreReadOnly or StoreError."""
     try:
         yield
     except sqlite3.Error as exc:
@@ -148,4 +148,6 @@ def _named(exc: sqlite3.Error, path: Path) -> StoreError:
         return StoreBusy(f"{path.name} was locked for {BUSY_SECONDS:.0f} s; try again")
     if code == sqlite3.SQLITE_FULL:
         return StoreFull("the store's disk is full; free some room and publish again")
+    if code == sqlite3.SQLITE_READONLY:
+        return StoreReadOnly(READ_ONLY)
     return StoreError(f"{path.name}: {exc}; check the data directory, and restore it from a backup if it is damaged")

@@ -5,11 +5,13 @@ StoreError
 ├── UnsupportedFile, TooLarge                                       a file that is refused
 ├── ArtifactNotFound                                                nothing has that name or reference
 ├── PreconditionFailed, InUse, Yanked                               the state of the store is against it
-├── CorruptArtifact, StoreBusy, StoreFull                           the disk's trouble
+├── CorruptArtifact, StoreBusy, StoreFull, StoreReadOnly            the disk's trouble
 └── RemoteUnavailable                                               the network's trouble
 """
 
 from __future__ import annotations
+
+READ_ONLY = "the store's folder is read-only for this process; let it be written, and send the request again"
 
 
 class StoreError(Exception):
@@ -79,6 +81,10 @@ class StoreBusy(StoreError):
 
 class StoreFull(StoreError):
     """The disk has no room left."""
+
+
+class StoreReadOnly(StoreError):
+    """The disk, or what it lets this process do, forbids to write. What is in the store can still be read."""
 
 
 class RemoteUnavailable(StoreError):

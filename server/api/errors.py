@@ -35,6 +35,7 @@ STATUS: dict[type[Exception], int] = {
     store.CorruptArtifact: 500,
     store.StoreBusy: 503,
     store.StoreFull: 507,
+    store.StoreReadOnly: 503,
     store.RemoteUnavailable: 503,
     store.StoreError: 500,
     kb.InvalidFact: 422,

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,7 +72,10 @@ class RequestLog:
                     metrics.FIRST_BYTE.labels(route).observe(answer.first_byte - started)
                 rule = rule_for(path)
                 if rule is None or rule.need != OPEN:
-                    self.log.info("request", **_line(scope, context, answer, route, time.perf_counter() - started))
+                    line = _line(scope, context, answer, route, time.perf_counter() - started)
+                    # A log on a full disk: there is nowhere to say so, and the answer mustn't be lost with the line.
+                    with suppress(OSError):
+                        self.log.info("request", **line)
 
 
 class _Answer:

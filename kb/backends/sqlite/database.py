@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from kb.errors import KbBusy, KbError, KbFull
+from kb.errors import KbBusy, KbError, KbFull, KbUnavailable
 
+READ_ONLY = "the folder of the knowledge base is read-only for this process; let it be written, and send it again"
 BUSY_SECONDS = 30.0
 PAGE_BYTES = 8192
 """Five vectors of 384 numbers to a page; SQLite's own 4096 hold two and waste a quarter."""
@@ -182,7 +183,7 @@ def _ended(db: sqlite3.Connection, begin: str) -> Iterator[None]:
 
 @contextmanager
 def errors_named(path: Path) -> Iterator[None]:
-    """Turn the errors of SQLite, and those of a full disk, into ours."""
+    """Turn the errors of SQLite, and those of a disk that takes no more, into ours."""
     try:
         yield
     except sqlite3.Error as exc:
@@ -190,6 +191,8 @@ def errors_named(path: Path) -> Iterator[None]:
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise KbFull("the disk of the knowledge base is full; free some room and send it again") from exc
+        if exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise KbUnavailable(READ_ONLY) from exc
         raise
 
 
@@ -209,4 +212,6 @@ def _named(exc: sqlite3.Error, path: Path) -> KbError:
         return KbBusy(f"{path.name} was locked for {BUSY_SECONDS:.0f} s; try again")
     if code == sqlite3.SQLITE_FULL:
         return KbFull("the disk of the knowledge base is full; free some room and send it again")
+    if code == sqlite3.SQLITE_READONLY:
+        return KbUnavailable(READ_ONLY)
     return KbError(f"{path.name}: {exc}; check the data directory, and restore it from a backup if it is damaged")
