@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,15 @@ def test_keys_that_cannot_be_read_let_nobody_in(client: TestClient, keys: KeySto
         db.execute("DROP TABLE keys")
     response = client.post(COMPLETE, json={}, headers=bearer(token))
     assert_refused(response, 503, "ServiceUnavailableError", None, "can't be read")
+
+
+def test_a_log_on_a_full_disk_costs_no_answer(keys: KeyStore) -> None:
+    class Full(Lines):
+        def info(self, event: str, **fields: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with TestClient(guarded(keys, lines=Full())) as client:
+        assert client.post(COMPLETE, json={}).status_code == 200
 
 
 def test_log_names_the_key_by_its_id_and_never_the_token_or_the_body(keys: KeyStore) -> None:

@@ -136,6 +136,22 @@ def test_a_full_disk_is_507_and_what_was_written_is_kept(client: TestClient, mon
     assert_refused(refused, 507, "InsufficientStorageError", None, "full")
 
 
+def test_a_read_only_folder_is_503_and_read_on(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert client.put(f"{ROOT}/facts", json=[fact(1)]).status_code == 200
+    connect = database._connect
+    monkeypatch.setattr(database, "_connect", lambda path: _only_read(connect(path)))
+    client.app.state.polyhelm.kb._catalog._db.close()  # type: ignore[attr-defined]
+    refused = client.put(f"{ROOT}/facts", json=[fact(2)])
+    assert_refused(refused, 503, "ServiceUnavailableError", None, "read-only")
+    assert client.get(f"{ROOT}/facts/f1").status_code == 200
+
+
+def _only_read(db: sqlite3.Connection) -> sqlite3.Connection:
+    """SQLite's own switch: every write fails as in a folder that may not be written."""
+    db.execute("PRAGMA query_only = ON")
+    return db
+
+
 def _without_room(db: sqlite3.Connection, pages: int) -> sqlite3.Connection:
     """SQLite's own limit: beyond it, every write fails as on a disk that is full."""
     db.execute(f"PRAGMA max_page_count = {pages}")

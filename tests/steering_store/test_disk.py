@@ -1,0 +1,66 @@
+"""Disks that take nothing: the refusal names them, nothing is half published, and what was there stays readable."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steering_store import Store, blobs, db
+from steering_store.errors import StoreError, StoreFull, StoreReadOnly
+
+Vectors = Callable[..., dict[str, bytes]]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (errno.ENOSPC, StoreFull),
+        (errno.EDQUOT, StoreFull),
+        (errno.EROFS, StoreReadOnly),
+        (errno.EACCES, StoreReadOnly),
+    ],
+)
+def test_files_that_cannot_be_written(
+    store: Store,
+    manifest: dict[str, Any],
+    vectors: Vectors,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    error: type[StoreError],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    store.publish("mood", manifest, vectors())
+    with monkeypatch.context() as patch:
+        patch.setattr(blobs, "_copy", refuse)
+        with pytest.raises(error):
+            store.publish("mood", manifest, vectors(2.0))
+        assert store.resolve("mood").version == 1
+    assert store.publish("mood", manifest, vectors(2.0)).version.version == 2
+    assert store.verify() == []
+
+
+def test_database_that_cannot_be_written(
+    store: Store, manifest: dict[str, Any], vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.publish("mood", manifest, vectors())
+    open_connection = db.open_connection
+
+    def read_only(path: Path, check_same_thread: bool = True) -> sqlite3.Connection:
+        connection = open_connection(path, check_same_thread)
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    with monkeypatch.context() as patch:
+        patch.setattr(db, "open_connection", read_only)
+        with pytest.raises(StoreReadOnly, match="read-only"):
+            store.set_alias("mood", "live", 1)
+        assert store.resolve("mood@1").version == 1
+    assert store.set_alias("mood", "live", 1).version == 1
