@@ -119,6 +119,8 @@ def language_results(
     tensors = fitted(seen[LANGUAGES[code]][:FITTED], seen["eng"][:FITTED], seed=0)
     for arm, by_layer in tensors.items():
         model.upload(f"{arm}.{code}", by_layer)
+    width = seen["eng"].shape[2]
+    model.upload("identity", {layer: {"mask": np.ones(width, np.float32)} for layer in range(model.layers)})
     clean = model.last_states([q.prompt for q in asked])
     for question, state in zip(asked, clean, strict=True):
         key = f"clean.{question.language}.{question.index}"
