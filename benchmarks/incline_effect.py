@@ -95,7 +95,7 @@ def edits(question: Question, arm: str, alpha: float, layers: int) -> tuple[Edit
     where, every = Span(False, False, (len(question.prompt) - 1,)), tuple(range(layers))
     clean = Edit("set", f"clean.{question.language}.{question.index}", every, 1.0, where)
     if arm == "identity":
-        return clean, Edit("scale", "identity", every, alpha, where)
+        return clean, Edit("scale", f"identity.{question.language}", every, alpha, where)
     opcode = "add" if arm == "caa" else "map"
     return clean, Edit(opcode, f"{arm}.{question.language}", every, alpha, where)
 
@@ -120,7 +120,7 @@ def language_results(
     for arm, by_layer in tensors.items():
         model.upload(f"{arm}.{code}", by_layer)
     width = seen["eng"].shape[2]
-    model.upload("identity", {layer: {"mask": np.ones(width, np.float32)} for layer in range(model.layers)})
+    model.upload(f"identity.{code}", {layer: {"mask": np.ones(width, np.float32)} for layer in range(model.layers)})
     clean = model.last_states([q.prompt for q in asked])
     for question, state in zip(asked, clean, strict=True):
         key = f"clean.{question.language}.{question.index}"
