@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -146,8 +147,13 @@ def _named(exc: sqlite3.Error, path: Path) -> StoreError:
     code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreBusy(f"{path.name} was locked for {BUSY_SECONDS:.0f} s; try again")
-    if code == sqlite3.SQLITE_FULL:
+    # Of its shared memory's file SQLite says no more than that it couldn't be written.
+    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _no_room(path)):
         return StoreFull("the store's disk is full; free some room and publish again")
     if code == sqlite3.SQLITE_READONLY:
         return StoreReadOnly(READ_ONLY)
     return StoreError(f"{path.name}: {exc}; check the data directory, and restore it from a backup if it is damaged")
+
+
+def _no_room(path: Path) -> bool:
+    return shutil.disk_usage(path.parent).free < 1 << 16

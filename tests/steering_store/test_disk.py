@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,3 +66,19 @@ def test_database_that_cannot_be_written(
             store.set_alias("mood", "live", 1)
         assert store.resolve("mood@1").version == 1
     assert store.set_alias("mood", "live", 1).version == 1
+
+
+@pytest.mark.parametrize(("free", "error"), [(0, StoreFull), (1 << 30, StoreError)])
+def test_shared_memory_that_finds_no_room(
+    store: Store, monkeypatch: pytest.MonkeyPatch, free: int, error: type[StoreError]
+) -> None:
+    def refuse(*_: object, **__: object) -> sqlite3.Connection:
+        failure = sqlite3.OperationalError("disk I/O error")
+        failure.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+        raise failure
+
+    monkeypatch.setattr(db, "open_connection", refuse)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(StoreError) as refused:
+        store.set_alias("mood", "live", 1)
+    assert type(refused.value) is error
