@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from engine_overhead import start, upload
 from environment import describe, environment
+from llvmlite.binding import ffi
 from results_page import RESULTS, publish
 from safetensors.numpy import load_file
 from spread import spread
@@ -194,6 +195,8 @@ def engine_child(pipe: Connection, model: str, steering: bool, texts: dict[str, 
         os.environ |= {"POLYHELM_ENGINE": "1", "POLYHELM_POINTS": ",".join(POINTS)}
     from vllm import LLM, SamplingParams
 
+    # vLLM reads the __dict__ of all that modules hold, and llvmlite's library makes a function of any name it is asked.
+    ffi.lib._fntab["__dict__"] = {}
     llm = LLM(model, enforce_eager=True, max_num_seqs=32, max_model_len=1024, enable_prefix_caching=False, seed=0)
     rng = np.random.default_rng(0)
     long = [rng.integers(3, 40000, PROMPT_TOKENS).tolist() for _ in range(PROMPTS)]
