@@ -23,7 +23,7 @@ from server.api.served import ServedModel
 from server.api.source_language import Prompts, SourceLanguage
 from server.api.steering_schema import LAST_PROMPT_TOKEN, Condition, parse
 from server.engine import edits as engine
-from server.engine.edits import Edit, Point, Program, ProgramError
+from server.engine.edits import Edit, Point, Program, ProgramError, layers_at
 from server.engine.operands import Operand, pack
 from server.engine.site_names import SiteNameError, parse_site, site_name
 from server.engine.spans import Span
@@ -194,7 +194,7 @@ class Steerer:
         for index, version in enumerate(draft.versions):
             self.model.check_point(version, ["set"], f"steering.interventions.{draft.numbers[index]}.artifact")
         points = dict.fromkeys(version.manifest.point for version in draft.versions)
-        return tuple((point, layer) for point in points for layer in range(self.model.layers))
+        return tuple((point, layer) for point in points for layer in layers_at(point, self.model.layers))
 
     def _loader(self, version: ArtifactVersion, recipe: Recipe) -> Loader:
         async def load() -> Operand:

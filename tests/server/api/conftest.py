@@ -43,6 +43,7 @@ def steerer(store: Store) -> Steerer:
             "shards": 1,
             "reason": "it isn't installed: name it in POLYHELM_POINTS",
         },
+        "resid_pre": {"width": HIDDEN, "opcodes": OPCODES, "shards": 1, "reason": None},
         "mlp_act": {"width": NEURONS, "opcodes": ("add", "scale", "set"), "shards": 2, "reason": "it is split"},
     }
     model = ServedModel(identity, LAYERS, HIDDEN, points, "weights")

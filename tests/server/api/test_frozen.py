@@ -49,6 +49,16 @@ def test_frozen_mode_puts_back_clean_activations_at_every_layer_first(store: Sto
     assert said.applied[0].relative_dose is not None
 
 
+def test_the_embeddings_are_put_back_at_layer_0_alone(store: Store, steerer: Steerer) -> None:
+    publish(store, "embeddings", {(0, None): np.ones(HIDDEN, np.float32)}, "resid_pre", h_norm={"0": 10.0})
+    publish(store)
+    prepared = prepare(steerer, {"artifact": "embeddings"}, {}, mode="frozen")
+    assert prepared.frozen_sites == (("resid_pre", 0), *(("resid_post", layer) for layer in range(LAYERS)))
+    final = prepared.with_clean({site: np.zeros(HIDDEN, np.float32) for site in prepared.frozen_sites})
+    assert [edit.layers for edit in final.program.edits[:2]] == [(0,), tuple(range(LAYERS))]
+    final.program.check()
+
+
 def test_clean_activations_share_a_key_exactly_when_they_are_equal(store: Store, steerer: Steerer) -> None:
     publish(store)
     prepared = prepare(steerer, mode="frozen")
