@@ -37,7 +37,10 @@ class EngineDied(RuntimeError):
 
 def parse_args(model: ResolvedModel, settings: Settings, extra: Sequence[str]) -> Namespace:
     """vLLM's server arguments, with polyhelm's own filled in. vLLM's parser exits with usage on an unknown one."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    except ModuleNotFoundError:  # before vLLM 0.33
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -91,6 +91,12 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "worker": {"vllm.v1.worker.gpu_worker.Worker": "model_runner"},
 }
 
+# Modules that were moved between the versions of vLLM that we read: either place will do.
+MOVED: tuple[frozenset[str], ...] = (
+    # To the second in 0.33.
+    frozenset({"vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.common.cli_args"}),
+)
+
 # Functions that are called on an object, and the parameters that the call needs, in order from the first.
 CALLED: dict[str, dict[str, str]] = {
     "client": {
@@ -167,6 +173,7 @@ def installed() -> Path:
 def _listed(sources: Sources) -> Iterator[Difference]:
     for seam, path, names in _entries(ATTRIBUTES):
         module, _, name = path.rpartition(".")
+        module = _present(sources, module)
         if sources.find(module, name) is None:
             yield Difference(seam, f"{path} is gone")
         elif missing := sources.lacking(module, name, names):
@@ -208,7 +215,7 @@ def _own(sources: Sources) -> Iterator[Difference]:
     for file in sorted(ENGINE.rglob("*.py")):
         tree = ast.parse(file.read_text("utf-8"), str(file))
         imported = {
-            alias.asname or alias.name: (node.module, alias.name)
+            alias.asname or alias.name: (_present(sources, node.module), alias.name)
             for node in ast.walk(tree)
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vllm"
             for alias in node.names
@@ -289,6 +296,12 @@ def _importers(sources: Sources, name: str) -> Iterator[str]:
                 for node in ast.walk(tree.node)
             ):
                 yield module
+
+
+def _present(sources: Sources, module: str) -> str:
+    """The module itself, or where this vLLM has it if it was moved."""
+    places = next((each for each in MOVED if module in each), {module})
+    return next((each for each in sorted(places) if sources.tree(each) is not None), module)
 
 
 def _entries(table: dict[str, dict[str, str]]) -> Iterator[tuple[str, str, list[str]]]:

@@ -48,6 +48,8 @@ CHANGES = [
     ("vllm/v1/engine/async_llm.py", "aggregate_engine_logging:", "logging:", "frontend: .*takes no aggregate_engine"),
 ]
 
+MOVED = ("vllm/entrypoints/launchers/cli_args.py", "vllm/entrypoints/common/cli_args.py")
+
 
 def test_what_changes_is_named(tmp_path: Path) -> None:
     for file in (contract.installed() / "vllm").rglob("*.py"):
@@ -58,8 +60,16 @@ def test_what_changes_is_named(tmp_path: Path) -> None:
         text = (tmp_path / file).read_text()
         assert old in text
         (tmp_path / file).write_text(text.replace(old, new))
+    (before,) = (path for place in MOVED if (path := tmp_path / place).exists())
+    (after,) = (tmp_path / place for place in MOVED if tmp_path / place != before)
+    after.parent.mkdir(exist_ok=True)
+    before.rename(after)
     found = [str(each) for each in contract.differences(tmp_path)]
     assert [expected for *_, expected in CHANGES if not any(re.search(expected, each) for each in found)] == [], found
+    assert [each for each in found if "cli_args" in each] == [], "what was moved to its other place is no difference"
+    after.unlink()
+    gone = [str(each) for each in contract.differences(tmp_path) if "cli_args" in str(each)]
+    assert len(gone) == 3, "the parser, its check, and FrontendArgs"
 
 
 def test_every_attribute_listed_is_used() -> None:
