@@ -3,7 +3,7 @@
 For Linux machines where no image can be pulled and no daemon runs. Needs root, and Debian's debootstrap, buildah and
 util-linux. What is checked: the shipped Dockerfile builds; the service runs as its user without capabilities on a
 read-only root, and as a user without a name; HEALTHCHECK fails before it serves and passes then; it answers; SIGTERM
-lets a running answer end, and ends it with 0. Writes about 16 GiB into --work.
+lets a running answer end, and ends it with 0. Writes about 16 GiB into --work, and each finding into --output.
 
     python3 docker/check_image.py --work FOLDER --torch-index ADDRESS
     python3 docker/check_image.py --work FOLDER --pip-conf pip.conf --mount /wheels:/wheels
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 BASE, IMAGE = "localhost/debian:bookworm-slim", "localhost/polyhelm:cpu"
 USER, NAMELESS = "2000:0", "1000650000:0"
 START_SECONDS, STOP_SECONDS = 900, 90
+FINDINGS: list[dict[str, Any]] = []
+"""Every check that was made, in order."""
 START = r"""
 set -eu
 mount --make-rprivate /
@@ -59,21 +63,31 @@ def main() -> None:
     parser.add_argument("--torch-index", default="", help="address of PyTorch's CPU wheel index")
     parser.add_argument("--pip-conf", help="pip.conf of a mirror, given to the build as a secret")
     parser.add_argument("--mount", action="append", default=[], help="FROM:TO, read-only in the build; repeatable")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "image.json")
     arguments = parser.parse_args()
     missing = [name for name in ("debootstrap", "buildah", "unshare", "nsenter") if shutil.which(name) is None]
     if os.geteuid() != 0 or missing:
         sys.exit(f"needs root, and these programs: {', '.join(missing) or 'all are here'}")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    if not buildah(arguments.work, "images", "--quiet", IMAGE, check=False):
-        base_image(arguments.work)
-        build(arguments.work, arguments)
     try:
+        if not buildah(arguments.work, "images", "--quiet", IMAGE, check=False):
+            base_image(arguments.work)
+            build(arguments.work, arguments)
         check(arguments.work)
     finally:
+        write(arguments.output)
         buildah(arguments.work, "rm", "--all", check=False)
         if not arguments.keep:
             buildah(arguments.work, "rmi", "--all", "--force", check=False)
             shutil.rmtree(arguments.work)
+
+
+def write(output: Path) -> None:
+    """What was found, up to the check that failed, if one did."""
+    builder = run("buildah", "--version", check=False)
+    system = {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "builder": builder}
+    found = {"date": datetime.now(UTC).date().isoformat(), **system, "findings": FINDINGS}
+    output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def check(work: Path) -> None:
@@ -246,6 +260,7 @@ def run(*command: str, check: bool = True) -> str:
 
 def say(what: str, found: str, ok: bool) -> None:
     print(f"{'ok' if ok else 'NO'}: {what}: {found}", flush=True)
+    FINDINGS.append({"what": what, "found": found, "ok": ok})
     if not ok:
         sys.exit(1)
 
