@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from server.app import Polyhelm
     from server.engine.client import Engine
 
+log = logging.getLogger(__name__)
 router = APIRouter(tags=["health"], route_class=EnvelopeRoute)
 
 OK = "ok"
@@ -60,7 +63,7 @@ class DeepCheck:
         except TimeoutError:
             return f"the engine made no token in {self.seconds:g} s"
         except Exception as error:  # whatever is wrong with the engine, readiness must say so and not fail
-            return f"{type(error).__name__}: {error}"
+            return _trouble("generation", error)
         return OK
 
 
@@ -80,8 +83,9 @@ async def readyz(request: Request, deep: bool = False) -> JSONResponse:
     checks = {
         "engine": OK if polyhelm.engine.alive else "the engine has stopped",
         "traffic": "the server is going down" if polyhelm.load.draining else OK,
-        "store": await run_in_threadpool(_said, lambda: polyhelm.store.list_artifacts(limit=1)),
-        "keys": _said(lambda: polyhelm.keys.configured),
+        "store": await run_in_threadpool(_said, "store", lambda: polyhelm.store.list_artifacts(limit=1)),
+        "kb": await run_in_threadpool(_said, "kb", polyhelm.kb.collections),
+        "keys": _said("keys", lambda: polyhelm.keys.configured),
     }
     if deep and checks["engine"] == OK:
         checks["generation"] = await polyhelm.deep_check.ask()
@@ -89,9 +93,15 @@ async def readyz(request: Request, deep: bool = False) -> JSONResponse:
     return JSONResponse({"status": OK if ready else "unavailable", "checks": checks}, 200 if ready else 503)
 
 
-def _said(check: Any) -> str:
+def _said(what: str, check: Callable[[], object]) -> str:
     try:
         check()
     except Exception as error:  # whatever is wrong with it, readiness must say so and not fail
-        return f"{type(error).__name__}: {error}"
+        return _trouble(what, error)
     return OK
+
+
+def _trouble(what: str, error: Exception) -> str:
+    """What anybody may know of it: messages of exceptions name paths and addresses."""
+    log.error("not ready: %s", what, exc_info=error)
+    return f"{type(error).__name__}: the server's log says more"
