@@ -14,6 +14,7 @@ from itertools import count
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from server.engine.banks import Bank, Resident
 from server.engine.capture import Capture, CaptureSlice
@@ -42,6 +43,36 @@ class Counts(NamedTuple):
     """For each edit, the tokens that the op edited at each of its layers; for a gate, those at which it was read."""
     cached: np.ndarray
     """Tokens of each edit's span that the prefix cache held already [edits]."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What requests of one receipt counted: it stays on the device until it is asked for, so that no step waits."""
+
+    edits: tuple[Edit, ...]
+    counters: Tensor | None
+    """int32 [sites, edits]; None where no step ran."""
+    cached: np.ndarray
+
+    def plus(self, more: _Tally | None) -> _Tally:
+        """With the counts of another request of this receipt, and so of the same program."""
+        if more is None:
+            return self
+        counters = self.counters
+        if more.counters is not None:
+            counters = more.counters if counters is None else counters + more.counters
+        return _Tally(self.edits, counters, self.cached + more.cached)
+
+    def read(self, layers: int) -> Counts:
+        """Waits for the device."""
+        counts = None if self.counters is None else self.counters.cpu().numpy()
+        touched = [
+            np.zeros(len(edit.layers), np.int32)
+            if counts is None
+            else counts[_sites(edit.point, edit.layers, layers), index]
+            for index, edit in enumerate(self.edits)
+        ]
+        return Counts(touched, self.cached)
 
 
 @dataclass(slots=True)
@@ -94,7 +125,7 @@ class Router:
         self._rows: dict[str, _Row] = {}
         self._serials = count()
         self._free = list(range(self.tables.max_rows, 0, -1))
-        self._receipts: OrderedDict[str, Counts] = OrderedDict()
+        self._receipts: OrderedDict[str, _Tally] = OrderedDict()
         self._captures: OrderedDict[str, Capture] = OrderedDict()
         self._layout: object = None
 
@@ -129,7 +160,7 @@ class Router:
         if row is None:
             return
         if row.receipt is not None:
-            _keep(self._receipts, row.receipt, _sum(self._receipts.get(row.receipt), self._counts(row)))
+            _keep(self._receipts, row.receipt, self._tally(row).plus(self._receipts.get(row.receipt)))
         if row.seat is not None:
             self.tables.clear_row(row.seat)
             self._free.append(row.seat)
@@ -139,30 +170,24 @@ class Router:
 
         The receipt is closed by being read.
         """
-        counts = self._receipts.pop(receipt, None)
+        tally = self._receipts.pop(receipt, None)
         for row in self._rows.values():
             if row.receipt == receipt:
-                counts = _sum(counts, self._counts(row))
+                tally = self._tally(row).plus(tally)
                 row.receipt = None
-        return counts
+        return None if tally is None else tally.read(self.layers)
 
     def captured(self, receipt: str) -> Capture | None:
         return self._captures.pop(receipt, None)
 
-    def _counts(self, row: _Row) -> Counts:
+    def _tally(self, row: _Row) -> _Tally:
         edits = row.program.edits if row.program is not None else ()
-        counts = None
+        counters = None
         if row.seat is not None:
-            counts = self.tables.counts(row.seat)
+            counters = self.tables.counters[row.seat, :, : len(edits)].clone()
         elif row.kept is not None:
-            counts = row.kept.counts
-        touched = [
-            np.zeros(len(edit.layers), np.int32)
-            if counts is None
-            else counts[_sites(edit.point, edit.layers, self.layers), index]
-            for index, edit in enumerate(edits)
-        ]
-        return Counts(touched, np.array(row.cached or [0] * len(edits)))
+            counters = row.kept.counts[:, : len(edits)]
+        return _Tally(edits, counters, np.array(row.cached or [0] * len(edits)))
 
     def clear(self) -> None:
         """Nothing to do at any site: a dummy batch, or one without steered requests."""
@@ -277,13 +302,6 @@ def _capture_slices(row: _Row, capture: Capture, start: int, position: int, toke
 
 def _length(intervals: tuple[Interval, ...]) -> int:
     return sum(end - start for start, end in intervals)
-
-
-def _sum(counts: Counts | None, more: Counts) -> Counts:
-    if counts is None:
-        return more
-    touched = [a + b for a, b in zip(counts.touched, more.touched, strict=True)]
-    return Counts(touched, counts.cached + more.cached)
 
 
 def _keep(kept: OrderedDict[str, T], key: str, value: T) -> None:

@@ -53,11 +53,11 @@ ELEMENTWISE: frozenset[Opcode] = frozenset({"add", "scale", "set"})
 
 class Kept(NamedTuple):
     """What a request's row holds that its program doesn't say: `Tables.decisions` [edits] and `counters` [sites, edits]
-    of the row.
+    of the row, on the device.
     """
 
-    decisions: npt.NDArray[np.int8]
-    counts: Int32
+    decisions: Tensor
+    counts: Tensor
 
 
 class Tables:
@@ -154,15 +154,19 @@ class Tables:
         record = np.concatenate([edits.reshape(-1), sites.reshape(-1), bounds.view(np.int32).reshape(-1)])
         self._copy(self.rows[row], record)
         self._copy(self.pointers[row], pointers)
-        self._copy(self.decisions[row], np.zeros(self.max_edits, np.int8) if kept is None else kept.decisions)
-        self._copy(self.counters[row], np.zeros(pointers.shape[:2], np.int32) if kept is None else kept.counts)
+        if kept is None:
+            self.decisions[row].zero_()
+            self.counters[row].zero_()
+        else:
+            self.decisions[row].copy_(kept.decisions)
+            self.counters[row].copy_(kept.counts)
         self.plan.set_row(row, sites[:, 2], residents)
         self._changed = True
 
     def keep(self, row: int) -> Kept:
-        """What `row` has decided and counted. Waits for the device."""
+        """What `row` has decided and counted."""
         self._check_row(row)
-        return Kept(self.decisions[row].cpu().numpy().copy(), self.counters[row].cpu().numpy().copy())
+        return Kept(self.decisions[row].clone(), self.counters[row].clone())
 
     def clear_row(self, row: int) -> None:
         """Make `row` do nothing, even where tokens still name it."""

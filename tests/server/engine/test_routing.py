@@ -202,6 +202,34 @@ def test_counts_of_finished_requests_add_up_under_one_receipt(bank: Bank) -> Non
     assert router.receipt("shared") is None
 
 
+class Watched(torch.Tensor):
+    """Notes how the numbers of a tensor, or of what is made of it, are brought to the host."""
+
+    read: set[str] = set()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.read |= {func.__name__} & {"cpu", "numpy", "to", "item", "tolist", "__array__", "__bool__", "__int__"}
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_step_never_waits_for_what_the_device_counted(bank: Bank) -> None:
+    """Neither where requests end, nor where one gives its row to another; only whoever asks for a receipt waits."""
+    router = router_for(bank, max_requests=1)
+    program = Program((add("vector-0", (0,)),))
+    router.tables.counters = router.tables.counters.as_subclass(Watched)  # type: ignore[assignment]
+    Watched.read.clear()
+    for name in "abc":
+        router.admit(name, program, "shared", None, 2)
+    for name, tokens, position in [("a", 2, 0), ("b", 2, 0), ("a", 1, 2), ("c", 2, 0)]:
+        router.route(BatchView([name], [tokens], [position]))
+    for name in "abc":
+        router.release(name)
+    assert Watched.read == set()
+    assert router.receipt("shared") is not None
+    assert Watched.read != set()
+
+
 def test_a_row_that_is_used_again_starts_from_zero(bank: Bank) -> None:
     router = router_for(bank, max_requests=1)
     for name in ("a", "b"):
