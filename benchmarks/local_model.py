@@ -41,10 +41,15 @@ class Request(NamedTuple):
 
 
 class LocalModel:
-    """With a prefix cache only where the last token's state is all that is read."""
+    """With a prefix cache only where the last token's state is all that is read, or where a call is told to use it."""
 
     def __init__(
-        self, folder: Path, points: Sequence[Point] = ("resid_post",), max_model_len: int = 512, kv_cache_mib: int = 256
+        self,
+        folder: Path,
+        points: Sequence[Point] = ("resid_post",),
+        max_model_len: int = 512,
+        kv_cache_mib: int = 256,
+        block_size: int | None = None,
     ) -> None:
         os.environ["POLYHELM_POINTS"] = ",".join(dict.fromkeys(("resid_post", *points)))
         from vllm import LLM, SamplingParams
@@ -57,6 +62,7 @@ class LocalModel:
             max_num_seqs=32,
             max_num_batched_tokens=2048,
             kv_cache_memory_bytes=kv_cache_mib << 20,
+            block_size=block_size,
             enable_prefix_caching=True,
             disable_log_stats=True,
             seed=0,
@@ -104,19 +110,22 @@ class LocalModel:
         if (written, bound) != ("written", "loaded"):
             raise RuntimeError(f"{key}: {written}, {bound}")
 
-    def likeliest(self, requests: Sequence[Request]) -> list[list[int]]:
-        """For each request the likeliest token at the place of each of its last `scored`, given all before it."""
+    def likeliest(self, requests: Sequence[Request], cached: bool = False) -> list[list[int]]:
+        """For each request the likeliest token at the place of each of its last `scored`, given all before it.
+
+        With `cached`, what requests have in common at their beginnings is computed once.
+        """
         found = []
         for start in range(0, len(requests), BATCH):
             part = requests[start : start + BATCH]
-            states = np.concatenate(self._states([(r.ids[:-1], r.scored, r.edits) for r in part]))
+            states = np.concatenate(self._states([(r.ids[:-1], r.scored, r.edits) for r in part], cached))
             tokens = np.concatenate([logits.argmax(1).numpy() for logits in self._logits(states)])
             found += [each.tolist() for each in np.split(tokens, np.cumsum([r.scored for r in part])[:-1])]
         return found
 
-    def greedy(self, prompts: Sequence[list[int]], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
-        """What each prompt is continued with, unsteered."""
-        params = self._params(max_tokens=max_tokens, temperature=0, stop=list(stop))
+    def greedy(self, prompts: Sequence[list[int]], max_tokens: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
+        """What each prompt is continued with, unsteered, with at most so many tokens."""
+        params = [self._params(max_tokens=most, temperature=0, stop=list(stop)) for most in max_tokens]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [output.outputs[0].text for output in outputs]
 
@@ -140,7 +149,9 @@ class LocalModel:
             rows += [logits[:, list(tokens)].numpy() for logits in self._logits(states)]
         return np.concatenate(rows)
 
-    def _states(self, wanted: Sequence[tuple[list[int], int, tuple[Edit, ...]]]) -> list[np.ndarray]:
+    def _states(
+        self, wanted: Sequence[tuple[list[int], int, tuple[Edit, ...]]], cached: bool = False
+    ) -> list[np.ndarray]:
         """The last layer's states [tokens, hidden] of the last so many tokens of each prompt, as steered."""
         site = ("resid_post", self.layers - 1)
         names = [uuid.uuid4().hex for _ in wanted]
@@ -156,14 +167,19 @@ class LocalModel:
                     temperature=0,
                     detokenize=False,
                     extra_args=extra,
-                    skip_reading_prefix_cache=count > 1,
+                    skip_reading_prefix_cache=count > 1 and not cached,
                 )
             )
-        self.llm.generate([{"prompt_token_ids": ids} for ids, _, _ in wanted], params, use_tqdm=False)
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids, _, _ in wanted], params, use_tqdm=False)
         self._check_touched([name for name, (_, _, edits) in zip(names, wanted, strict=True) if edits])
         rows = []
-        for name, (_, count, _) in zip(names, wanted, strict=True):
+        for name, output, each in zip(names, outputs, wanted, strict=True):
+            ids, count, _ = each
             answers = self.llm.collective_rpc("polyhelm_captured", args=(name, count))
+            if output.num_cached_tokens > len(ids) - count:
+                # The cache has keys and values, and no states: rows that came from it are missing.
+                rows += self._states([each])
+                continue
             rows.append(joined(answers, self._described["points"])["{}.{}".format(*site)].numpy())
         return rows
 

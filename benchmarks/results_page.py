@@ -23,6 +23,7 @@ SCRIPTS = (
     "lf_steering_effect",
     "expertsteer_effect",
     "shared_neurons",
+    "remake_mzsre",
     "methods_cost",
 )
 """In the order of the page. Each has a function `section` from its results to Markdown."""
