@@ -111,7 +111,7 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> Installation:
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raise UnsupportedModel for the engine settings under which edits would not be exact."""
+    """Raise UnsupportedModel for the engine settings under which edits would not be exact, or requests hold pickles."""
     parallel, text = vllm_config.parallel_config, vllm_config.model_config.hf_text_config
     reasons = {
         "speculative decoding": vllm_config.speculative_config is not None,
@@ -123,6 +123,11 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     }
     if refused := [name for name, present in reasons.items() if present]:
         raise UnsupportedModel(f"polyhelm can't steer with {', '.join(refused)}")
+    multimodal = vllm_config.model_config.multimodal_config
+    if vllm_config.model_config.enable_prompt_embeds or (multimodal is not None and multimodal.enable_mm_embeds):
+        raise UnsupportedModel(
+            "polyhelm reads no pickles, which vLLM takes embeddings in: leave out --enable-*-embeds"
+        )
 
 
 def _points(

@@ -21,6 +21,8 @@ from server.api.steering_schema import LAST_PROMPT_TOKEN, parse
 from server.engine.bank_directory import BankFull, BankTooSmall
 from server.engine.capture import CaptureSpec
 from server.engine.edits import Edit, Program
+from server.keys import SCOPES, Key
+from server.request_context import RequestContext, enter
 
 PROGRAM = Program((Edit("gate", "sha256:v", (1,)), Edit("add", "sha256:v", (1,), 1.0)))
 CHUNKS = ['data: {"choices": [{"text": "a"}]}\n\n', 'data: {"choices": [{"text": "ü"}]}\n\n', "data: [DONE]\n\n"]
@@ -277,6 +279,24 @@ def test_refused_request_never_reaches_vllm(fields: dict[str, Any], status: int,
         run(lambda: steered.create_completion(request(**fields)))
     assert (error.value.status, error.value.param) == (status, param)
     assert (engine.events, inner.seen) == ([], None)
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_tensor_in_a_request_needs_its_own_scope(granted: bool) -> None:
+    steered, inner = handler(Engine(), result=SimpleNamespace(choices=[]))
+    sent = request(steering=None, prompt_embeds="aGk=")
+
+    async def ask() -> None:
+        enter(RequestContext(key=Key("1", "", SCOPES if granted else SCOPES - {"inline"})))
+        await steered.create_completion(sent)
+
+    if granted:
+        run(ask)
+        assert inner.seen is sent
+    else:
+        with pytest.raises(ApiError, match="scope 'inline'") as error:
+            run(ask)
+        assert (error.value.status, error.value.param, inner.seen) == (403, "prompt_embeds", None)
 
 
 @pytest.mark.parametrize(("trouble", "status"), [(BankFull("in use: retry"), 503), (BankTooSmall("too large"), 400)])

@@ -16,6 +16,7 @@ def config(**changes: Any) -> Any:
     """The parts of vLLM's configuration that decide; all is well by default."""
     parallel = {"prefill_context_parallel_size": 1, "use_ubatching": False, "use_sequence_parallel_moe": False}
     model = {"is_diffusion": False, "hf_text_config": SimpleNamespace(hc_mult=changes.pop("hc_mult", None))}
+    model |= {"enable_prompt_embeds": False, "multimodal_config": None}
     return SimpleNamespace(
         speculative_config=changes.pop("speculative_config", None),
         model_config=SimpleNamespace(**{name: changes.pop(name, value) for name, value in model.items()}),
@@ -26,6 +27,7 @@ def config(**changes: Any) -> Any:
 def test_a_plain_configuration_is_accepted() -> None:
     refuse_unsupported(config())
     refuse_unsupported(config(hc_mult=1))
+    refuse_unsupported(config(multimodal_config=SimpleNamespace(enable_mm_embeds=False)))
 
 
 @pytest.mark.parametrize(
@@ -37,9 +39,11 @@ def test_a_plain_configuration_is_accepted() -> None:
         ({"use_ubatching": True}, "microbatching"),
         ({"use_sequence_parallel_moe": True}, "sequence-parallel mixtures of experts"),
         ({"hc_mult": 4}, "stacked residual streams"),
+        ({"enable_prompt_embeds": True}, "no pickles"),
+        ({"multimodal_config": SimpleNamespace(enable_mm_embeds=True)}, "no pickles"),
     ],
 )
-def test_what_would_not_be_exact_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+def test_what_would_not_be_exact_or_safe_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         refuse_unsupported(config(**changes))
 
