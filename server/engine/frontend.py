@@ -52,7 +52,8 @@ def parse_args(model: ResolvedModel, settings: Settings, extra: Sequence[str]) -
     os.environ[PREFIX_CACHE] = settings.prefix_cache
     defaults = ["--model", model.path, "--served-model-name", model.name]
     defaults += ["--host", settings.host, "--port", str(settings.port)]
-    # Eager is the only mode that this version steers in; on CPU, compiled SmolLM2 was seen to give wrong text besides.
+    # On a GPU nothing can be captured in compiled code, and fits and frozen mode need that; on a CPU, compiled SmolLM2
+    # was seen to give wrong text. Whoever wants it all the same says --no-enforce-eager.
     defaults += ["--enforce-eager"]
     # What runs when SIGTERM comes may end; and our own line for each request has what uvicorn's has, and no more.
     defaults += ["--shutdown-timeout", "30", "--disable-uvicorn-access-log"]

@@ -106,7 +106,7 @@ def install(model: nn.Module, vllm_config: VllmConfig) -> Installation:
                 _wrap(found[point], functools.partial(executor.eager, site, where), router.works, site)
     captures = None
     if graphs or (compiled and is_triton):
-        captures = "activations can't be captured in compiled code on a GPU: start with --enforce-eager"
+        captures = "activations can't be captured in compiled code on a GPU: leave out --no-enforce-eager"
     return Installation(bank, router, count, hidden_size, points, captures)
 
 

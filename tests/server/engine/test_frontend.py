@@ -10,8 +10,12 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.testclient import TestClient
+from vllm.engine.arg_utils import AsyncEngineArgs
 
 from server.engine import frontend
+from server.engine.plugin import ENABLED
+from server.engine.seams import PREFIX_CACHE
+from server.models import ResolvedModel
 from server.settings import Settings
 
 CHANGED = Settings(
@@ -39,6 +43,17 @@ def test_exported_settings_are_read_back(settings: Settings) -> None:
             patched.setenv(f"POLYHELM_{name.upper()}", "left over")
         frontend.export(settings)
         assert Settings() == settings
+
+
+@pytest.mark.parametrize(("extra", "eager"), [([], True), (["--no-enforce-eager"], False)])
+def test_models_run_eagerly_unless_asked_otherwise(
+    extra: list[str], eager: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("VLLM_CPU_KVCACHE_SPACE", ENABLED, PREFIX_CACHE):  # which it sets, and monkeypatch takes back
+        monkeypatch.setenv(variable, "1")
+        monkeypatch.delenv(variable)
+    args = frontend.parse_args(ResolvedModel("some/folder", "a-model"), Settings(), extra)
+    assert AsyncEngineArgs.from_cli_args(args).enforce_eager is eager  # what the engine is configured by
 
 
 def test_a_plugin_list_without_polyhelm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
