@@ -1,16 +1,19 @@
 """Repositories of the Hugging Face hub as a source: `hf://org/repo[@revision][/path]`, pinned to a commit.
 
 Only files of formats that can't run code are downloaded. They stay in huggingface_hub's own cache, and HF_ENDPOINT,
-HF_TOKEN and HF_HOME mean what they mean there.
+HF_TOKEN and HF_HOME mean what they mean there. That cache is links out of each folder, which nothing here follows: what
+is to be read gets a folder of its own, of regular files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from steering_store.errors import ArtifactNotFound, InvalidReference, RemoteUnavailable, StoreError, TooLarge
 
@@ -50,10 +53,13 @@ def parse_source(url: str) -> HubSource:
     return HubSource(match[1], match[2] or "main", path)
 
 
-def download(source: HubSource, *, max_bytes: int, endpoint: str | None = None, cache: Path | None = None) -> Snapshot:
+def download(
+    source: HubSource, target: Path, *, max_bytes: int, endpoint: str | None = None, cache: Path | None = None
+) -> Snapshot:
     """Download the files of a source that a store may open, at the commit that its revision is now.
 
-    `max_bytes` bounds them together. Raises ArtifactNotFound, TooLarge, RemoteUnavailable.
+    They are put below the empty folder `target`, as hard links to the cache where that is on the same disk. `max_bytes`
+    bounds them together. Raises ArtifactNotFound, TooLarge, RemoteUnavailable.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -62,13 +68,22 @@ def download(source: HubSource, *, max_bytes: int, endpoint: str | None = None, 
         pinned = HubSource(source.repo, str(info.sha), source.path)
         sizes = {file.rfilename: file.size for file in info.siblings or () if _is_wanted(file.rfilename, source.path)}
         _check_sizes(source, sizes, max_bytes)
-        paths = [
-            hf_hub_download(source.repo, name, revision=pinned.revision, endpoint=endpoint, cache_dir=cache)
+        paths = {
+            name: hf_hub_download(source.repo, name, revision=pinned.revision, endpoint=endpoint, cache_dir=cache)
             for name in sizes
-        ]
-    name = next(iter(sizes))
-    root = Path(paths[0]).parents[len(PurePosixPath(name).parts) - 1]
-    return Snapshot(pinned, root / source.path, tuple(sorted(sizes)))
+        }
+    for name, path in paths.items():
+        _put(Path(path), target / name)
+    return Snapshot(pinned, target / source.path, tuple(sorted(sizes)))
+
+
+def _put(cached: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(cached.resolve(), path)
+    except OSError:
+        # Another disk, or one without hard links.
+        shutil.copyfile(cached, path)
 
 
 def _is_wanted(name: str, path: str) -> bool:

@@ -17,11 +17,11 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from pydantic_core import from_json
 
-from steering_store.errors import InvalidTensor
-from steering_store.kind_rules import INTEGERS, MAY_BE_ZERO, is_indices
+from steering_store.errors import InvalidTensor, TooLarge
+from steering_store.kind_rules import INTEGERS, is_indices, may_be_zero
 from steering_store.manifest import Manifest
 from steering_store.reference import pickle_refused
 
@@ -29,7 +29,8 @@ Float32 = npt.NDArray[np.float32]
 Tensor = npt.NDArray[np.float32 | np.int64]
 """Floating tensors are read as float32, integers as int64."""
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 1 << 21
+"""Parsed, a header takes about twenty times that. A manifest, which lists every tensor too, is at most half as long."""
 CHUNK_BYTES = 1 << 22
 _STORED_AS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
@@ -41,9 +42,6 @@ class _HeaderEntry(BaseModel):
     dtype: str
     shape: list[NonNegativeInt]
     data_offsets: list[NonNegativeInt] = Field(min_length=2, max_length=2)
-
-
-_HEADER = TypeAdapter(dict[str, _HeaderEntry])
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,23 @@ class TensorEntry:
 def read_header(stream: BinaryIO, file: str) -> dict[str, TensorEntry]:
     """Read which tensors a safetensors stream holds; every byte of it must belong to one of them.
 
-    `file` is its name in messages. Raises InvalidTensor, or UnsupportedFile for a pickle in disguise.
+    `file` is its name in messages. Raises InvalidTensor, TooLarge for a header beyond `MAX_HEADER_BYTES`, or
+    UnsupportedFile for a pickle in disguise.
     """
     total = stream.seek(0, 2)
     stream.seek(0)
     prefix = stream.read(8)
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, total - 8):
+    if len(prefix) < 8 or length > total - 8:
         if prefix.startswith(_PICKLE_STARTS):
             raise pickle_refused(file)
-        raise _malformed(file, "it is truncated, or its header is longer than 100 MB")
+        raise _malformed(file, "it is truncated")
+    if length > MAX_HEADER_BYTES:
+        raise TooLarge(
+            f"file {file!r}: its header has {length} bytes, and at most {MAX_HEADER_BYTES} are accepted; write fewer "
+            "tensors into it, or less metadata",
+            "files",
+        )
     entries = _parse_header(stream.read(length), file)
     begin = 8 + length
     tensors = {name: _entry(file, name, entry, begin) for name, entry in entries.items()}
@@ -83,7 +88,7 @@ def check_tensors(manifest: Manifest, paths: Mapping[str, Path]) -> None:
     Raises InvalidTensor, which names the file, the tensor and the manifest's field.
     """
     indices = {site.tensor for site in manifest.sites if is_indices(manifest.kind, site.role)}
-    may_be_zero = {site.tensor for site in manifest.sites if site.role in MAY_BE_ZERO}
+    zero = may_be_zero(manifest)
     for file, path in paths.items():
         with path.open("rb") as stream:
             tensors = read_header(stream, file)
@@ -92,7 +97,7 @@ def check_tensors(manifest: Manifest, paths: Mapping[str, Path]) -> None:
                 if name in indices:
                     _check_indices(_whole(stream, entry), file, name, manifest.width)
                 else:
-                    _check_values(_values(stream, entry), file, name, may_be_zero=name in may_be_zero)
+                    _check_values(_values(stream, entry), file, name, may_be_zero=name in zero)
 
 
 def _check_values(pieces: Iterator[Tensor], file: str, name: str, *, may_be_zero: bool) -> None:
@@ -155,15 +160,18 @@ def _opened(source: Path | bytes | BinaryIO) -> contextlib.AbstractContextManage
 
 
 def _parse_header(raw: bytes, file: str) -> dict[str, _HeaderEntry]:
+    name = ""
     try:
         content = from_json(raw)
         if not isinstance(content, dict):
             raise ValueError("its header is not a JSON object")
         content.pop("__metadata__", None)
-        return _HEADER.validate_python(content)
+        # One by one, so that the first that is wrong is the only one that is told of: of all, errors fill the memory.
+        return {(name := key): _HeaderEntry.model_validate(entry) for key, entry in content.items()}
     except ValidationError as exc:
-        where = ".".join(str(part) for part in exc.errors()[0]["loc"])
-        raise _malformed(file, f"in its header, {where}: {exc.errors()[0]['msg']}") from None
+        error = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in (name, *error["loc"]))
+        raise _malformed(file, f"in its header, {where[:200]}: {error['msg']}") from None
     except ValueError as exc:
         raise _malformed(file, f"its header can't be read ({exc})") from None
 

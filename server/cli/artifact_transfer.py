@@ -186,14 +186,19 @@ def _export_archive(store: Store, version: ArtifactVersion, target: Path) -> Non
 
 
 def _import(store: Store, name: str, source: str, options: ForeignOptions) -> Publication:
-    origin = None
-    path = Path(source)
-    if source.startswith(hub.SCHEME):
-        check_allowed(source, Settings().allowed_remotes)
-        snapshot = hub.download(hub.parse_source(source), max_bytes=store.max_bytes)
-        origin, path = str(snapshot.source), snapshot.location
+    if not source.startswith(hub.SCHEME):
+        return _import_path(store, name, Path(source), options)
+    check_allowed(source, Settings().allowed_remotes)
+    with tempfile.TemporaryDirectory() as folder:
+        snapshot = hub.download(hub.parse_source(source), Path(folder), max_bytes=store.max_bytes)
+        return _import_path(store, name, snapshot.location, options, str(snapshot.source))
+
+
+def _import_path(
+    store: Store, name: str, path: Path, options: ForeignOptions, origin: str | None = None
+) -> Publication:
     if not path.exists():
-        raise StoreError(f"{source!r} does not exist", "source")
+        raise StoreError(f"{str(path)!r} does not exist", "source")
     if path.suffix == ".tar":
         return import_archive(store, name, path)
     if (path / MANIFEST).is_file():

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from steering_store.errors import InvalidTensor, UnsupportedFile
+from steering_store.errors import InvalidTensor, TooLarge, UnsupportedFile
 from steering_store.manifest import Manifest, parse_manifest
-from steering_store.tensors import CHUNK_BYTES, check_tensors, read_header, read_tensors
+from steering_store.tensors import CHUNK_BYTES, MAX_HEADER_BYTES, check_tensors, read_header, read_tensors
 
 FILE = "vectors.safetensors"
 
@@ -152,12 +152,12 @@ def test_malformed_header_is_refused(content: bytes) -> None:
         read_header(BytesIO(content), FILE)
 
 
-def test_header_longer_than_100_mb_is_refused_unread(tmp_path: Path) -> None:
+def test_header_longer_than_the_limit_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / FILE
     with path.open("wb") as stream:
-        stream.write((100_000_001).to_bytes(8, "little"))
-        stream.truncate(100_000_100)
-    with pytest.raises(InvalidTensor, match="longer than 100 MB"):
+        stream.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+        stream.truncate(MAX_HEADER_BYTES + 100)
+    with pytest.raises(TooLarge, match="header has 2097153 bytes"):
         read_tensors(path)
 
 

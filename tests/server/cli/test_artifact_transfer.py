@@ -12,8 +12,8 @@ from gguf import GGUFReader
 from safetensors.numpy import load_file, save_file
 
 from steering_store import Store
-from steering_store.hub import HubSource, Snapshot
 from tests.server.cli.artifact_cli import FILE, MANIFEST, assert_fails, publish_versions, run, run_json, vector
+from tests.steering_store.hub_server import COMMIT, serving
 
 TINY = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_hidden_layers": 4, "vocab_size": 16}
 
@@ -89,21 +89,17 @@ def test_folder_in_our_own_layout_is_published(store: Store, tmp_path: Path) -> 
 def test_repository_of_the_hub_is_imported_and_pinned_to_its_commit(
     store: Store, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client of the hub is tested against a server in tests/steering_store; here what it brings is at hand."""
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
-    save_file({"blocks.1.hook_resid_post": np.ones(8, np.float32)}, folder / "v.safetensors")
-    asked: list[str] = []
-
-    def download(source: HubSource, *, max_bytes: int) -> Snapshot:
-        asked.append(str(source))
-        return Snapshot(HubSource(source.repo, "c0ffee", source.path), folder, ("v.safetensors",))
-
-    monkeypatch.setattr("steering_store.hub.download", download)
-    imported = run_json("import", "x", "hf://org/vectors@main", "--model", model)
-    assert asked == ["hf://org/vectors@main"]
+    save_file({"blocks.1.hook_resid_post": np.ones(8, np.float32)}, tmp_path / "v.safetensors")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with serving({"v.safetensors": (tmp_path / "v.safetensors").read_bytes()}) as address:
+        # What HF_ENDPOINT sets, which was read when the client was imported.
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        imported = run_json("import", "x", "hf://org/saes@main", "--model", model)
     config = store.resolve(imported["ref"]).manifest.provenance.config
-    assert config["source"] == "hf://org/vectors@c0ffee"
+    assert config["source"] == f"hf://org/saes@{COMMIT}"
 
 
 def test_sae_is_imported_only_with_activations_that_it_reconstructs(store: Store, tmp_path: Path, model: str) -> None:
