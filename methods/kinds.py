@@ -11,7 +11,7 @@ the intervention, and every coefficient read from x as it was before the edit:
 | steering_vector clamp | rank, e = d = v^, f = clip to [min, max] minus current | x += s (clip(x . v^) - x . v^) v^ |
 | steering_vector set | set | x = v |
 | neuron_set scale | scale | x_i *= 1 + s m_i |
-| linear_map map | map | x += s W x |
+| linear_map map | map, add | x += s (W x + b), b = 0 where it has no bias |
 | sae clamp | rank, f = clip to [min, max] minus current | a_k becomes clip(a_k): x += s (clip(a_k) - a_k) d_k |
 | sae ablate | rank, f = 0 minus current | a_k becomes 0: x -= s a_k d_k |
 | sae scale | rank, f = 0 minus current, d = -value d_k | a_k becomes (1 + value) a_k: x += s value a_k d_k |
@@ -40,7 +40,7 @@ Float32 = npt.NDArray[np.float32]
 Tensors = Mapping[str | None, npt.NDArray[Any]]
 """An artifact's tensors of one layer, by role."""
 
-Form = Literal["vector", "projection", "mask", "map", "features", "sum"]
+Form = Literal["vector", "projection", "mask", "map", "bias", "features", "sum"]
 FeatureOp = Literal["add", "scale", "clamp", "ablate"]
 
 OPS: dict[str, tuple[str, ...]] = {
@@ -59,6 +59,7 @@ _ROLES: dict[Form, tuple[str | None, ...]] = {
     "projection": (None,),
     "mask": (None, "weights"),
     "map": ("matrix", "left", "right"),
+    "bias": ("bias",),
     "features": ("encoder", "encoder_bias", "threshold", "decoder"),
     "sum": ("decoder",),
 }
@@ -77,7 +78,7 @@ class Recipe:
     """How an edit's operand is made of an artifact's tensors.
 
     `vector`: as it is. `projection`: a rank-1 encoder and decoder of the unit vector. `mask`: zeros [width] with the
-    weights, or 1, at the indices. `map`: as it is. `features`: the `rows` of an SAE, its decoder's times `gains`.
+    weights, or 1, at the indices. `map`: as it is. `bias`: a map's, as a vector. `features`: the `rows` of an SAE, its decoder's times `gains`.
     `sum`: one vector, the sum of the decoder's `rows` times `gains`. Without `layers` it is made for every layer;
     without `gains` they are 1.
     """
@@ -115,6 +116,8 @@ class Recipe:
             return {"mask": mask}
         if self.form == "map":
             return {role: tensors[role] for role in ("matrix", "left", "right") if role in tensors}
+        if self.form == "bias":
+            return {"vector": tensors["bias"]}
         decoder = tensors["decoder"]
         if self.gains is not None:
             decoder = (decoder * np.array(self.gains)[:, None]).astype(np.float32)
@@ -181,9 +184,10 @@ def neuron_set(strength: float) -> tuple[Part, ...]:
     return (Part("scale", Recipe("mask"), strength),)
 
 
-def linear_map(strength: float, layers: Sequence[int]) -> tuple[Part, ...]:
-    """Of the chosen layers only: a map is as large as a layer's weights."""
-    return (Part("map", Recipe("map", tuple(layers)), strength),)
+def linear_map(strength: float, layers: Sequence[int], bias: bool) -> tuple[Part, ...]:
+    """Of the chosen layers only: a map is as large as a layer's weights. `bias`: whether it has one at each of them."""
+    mapped = Part("map", Recipe("map", tuple(layers)), strength)
+    return (mapped, Part("add", Recipe("bias", tuple(layers)), strength)) if bias else (mapped,)
 
 
 def sae(strength: float, layer: int, activation: Activation, features: Sequence[Feature]) -> tuple[Part, ...]:

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 INTEGERS = ("I32", "I64")
 _SAE = frozenset({"encoder", "encoder_bias", "decoder"})
+_MATRIX, _FACTORS = frozenset({"matrix"}), frozenset({"left", "right"})
 ROLES: dict[str, tuple[frozenset[str | None], ...]] = {
     "steering_vector": (frozenset({None}),),
     "neuron_set": (frozenset({None}), frozenset({None, "weights"})),
-    "linear_map": (frozenset({"matrix"}), frozenset({"left", "right"})),
+    "linear_map": (_MATRIX, _FACTORS, _MATRIX | {"bias"}, _FACTORS | {"bias"}),
     "sae": (_SAE, _SAE | {"threshold"}, _SAE | {"decoder_bias"}, _SAE | {"threshold", "decoder_bias"}),
 }
 """The sets of roles that a layer may have, one of them at every layer; None is a site without a role. A preset, which
 has no sites, isn't here."""
 
-MAY_BE_ZERO = frozenset({"encoder_bias", "threshold", "decoder_bias"})
-"""Roles whose tensor may be all zeros; any other would steer nothing."""
+_MAY_BE_ZERO = frozenset({"bias", "encoder_bias", "threshold", "decoder_bias"})
 
 Numbered = Mapping[str | None, tuple[int, "Site"]]
 """The sites of one layer by role, each with its number in the manifest."""
@@ -31,6 +31,12 @@ Numbered = Mapping[str | None, tuple[int, "Site"]]
 def is_indices(kind: str, role: str | None) -> bool:
     """Whether a tensor holds indices of neurons rather than values."""
     return kind == "neuron_set" and role is None
+
+
+def may_be_zero(manifest: Manifest) -> set[str]:
+    """The tensors that may be all zeros; any other would steer nothing. A map beside a bias may."""
+    biased = {site.layer for site in manifest.sites if site.role == "bias"}
+    return {site.tensor for site in manifest.sites if site.role in _MAY_BE_ZERO or site.layer in biased}
 
 
 def check_kind(manifest: Manifest) -> None:
@@ -110,7 +116,6 @@ def _check_dtype(manifest: Manifest, i: int, site: Site) -> None:
 
 def _check_shapes(kind: str, width: int, sites: Numbered) -> None:
     """The free size (neurons, rank, features) is taken from the first tensor that has it."""
-    _, first = next(iter(sites.values()))
     if kind == "neuron_set":
         count = _size(*sites[None], axis=0, least=0, most=width)
         expected: dict[str | None, list[int]] = {None: [count], "weights": [count]}
@@ -119,11 +124,11 @@ def _check_shapes(kind: str, width: int, sites: Numbered) -> None:
         expected = dict.fromkeys(("encoder", "decoder"), [features, width])
         expected |= dict.fromkeys(("encoder_bias", "threshold"), [features])
         expected["decoder_bias"] = [width]
-    elif first.role in ("left", "right"):
+    elif "right" in sites:
         rank = _size(*sites["right"], axis=0)
-        expected = {"left": [width, rank], "right": [rank, width]}
+        expected = {"left": [width, rank], "right": [rank, width], "bias": [width]}
     else:
-        expected = {None: [width], "matrix": [width, width]}
+        expected = {None: [width], "matrix": [width, width], "bias": [width]}
     for role, (i, site) in sites.items():
         if site.shape != expected[role]:
             raise InvalidManifest(

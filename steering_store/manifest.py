@@ -38,7 +38,9 @@ MAX_MANIFEST_BYTES = 1 << 20
 
 Kind = Literal["steering_vector", "neuron_set", "linear_map", "sae", "preset"]
 Point = Literal["resid_post", "mlp_out", "attn_out", "head_out", "mlp_act", "resid_pre"]
-Role = Literal["weights", "matrix", "left", "right", "encoder", "encoder_bias", "threshold", "decoder", "decoder_bias"]
+Role = Literal[
+    "weights", "matrix", "left", "right", "bias", "encoder", "encoder_bias", "threshold", "decoder", "decoder_bias"
+]
 Activation = Literal["identity", "relu", "jumprelu"]
 DType = Literal["F16", "BF16", "F32", "F64", "I32", "I64"]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -167,7 +169,8 @@ class Manifest(_Part):
     |---|---|
     | steering_vector | the vector [width] |
     | neuron_set | indices into x [n], int32 or int64, each once; optionally `weights` [n], 1 where left out |
-    | linear_map | `matrix` [width, width], y = matrix x; or `left` [width, r], `right` [r, width], y = left right x |
+    | linear_map | `matrix` [width, width], y = matrix x; or `left` [width, r], `right` [r, width], y = left right x; \
+optionally `bias` [width], which is added to y |
     | sae | `encoder`, `decoder` [features, width], `encoder_bias` [features]; `threshold` [features] for jumprelu |
     | preset | none: it has `interventions`, and no sites |
 

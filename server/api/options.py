@@ -86,7 +86,7 @@ def parts(
     if manifest.kind == "neuron_set":
         return kinds.neuron_set(strength) + renorm
     if manifest.kind == "linear_map":
-        return kinds.linear_map(strength, layers) + renorm
+        return kinds.linear_map(strength, layers, _has_bias(manifest, layers)) + renorm
     if manifest.kind == "sae":
         assert manifest.activation is not None
         count = next(site.shape[0] for site in manifest.sites if (site.layer, site.role) == (layers[0], "encoder"))
@@ -97,6 +97,15 @@ def parts(
         return kinds.sae(strength, layers[0], manifest.activation, features) + renorm
     bounds = Bounds.of(intervention.min, intervention.max, intervention.value) if op == "clamp" else None
     return kinds.steering_vector(op, strength, bounds) + renorm
+
+
+def _has_bias(manifest: Manifest, layers: tuple[int, ...]) -> bool:
+    biased = {site.layer for site in manifest.sites if site.role == "bias"} & set(layers)
+    if biased and biased != set(layers):
+        raise OptionError(
+            "layers", f"the map has a bias at layers {sorted(biased)} only: choose these, or only others of {layers}"
+        )
+    return bool(biased)
 
 
 def _feature(where: str, feature: schema.Feature, count: int, most: float) -> kinds.Feature:

@@ -63,7 +63,7 @@ def incline(
         str | None, typer.Option(envvar="POLYHELM_TARGET_LANGUAGE", help="Of the targets; en unless given.")
     ] = None,
     component: Annotated[
-        str | None, typer.Option(envvar="POLYHELM_COMPONENT", help="hidden (the default), attention or ffn.")
+        str | None, typer.Option(envvar="POLYHELM_COMPONENT", help="hidden (the default), attention, ffn or embedding.")
     ] = None,
     pooling: Pooling = None,
     solver: Annotated[
@@ -73,7 +73,14 @@ def incline(
         float | None,
         typer.Option(
             envvar="POLYHELM_RIDGE",
-            help="In units of the mean squared length of a state; by held-out error unless given.",
+            help="In units of the mean squared deviation of a state; by held-out error unless given.",
+        ),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            envvar="POLYHELM_PRIOR",
+            help="What ridge shrinks to: mean or identity; by held-out error unless given.",
         ),
     ] = None,
     rank: Annotated[
@@ -96,6 +103,7 @@ def incline(
         "pooling": pooling,
         "solver": solver,
         "ridge": ridge,
+        "prior": prior,
         "rank": rank,
         "mix": mix,
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
@@ -41,14 +42,17 @@ class InclineOptions(Options):
     pooling: incline.Pooling = "last"
     solver: incline.Solver = "ridge"
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    prior: incline.Prior | None = None
     rank: PositiveInt | None = None
     mix: incline.Mix = "none"
     default_strength: Annotated[float, Field(allow_inf_nan=False)] = 0.1
 
     @model_validator(mode="after")
     def _no_ridge_without_a_penalty(self) -> InclineOptions:
-        if self.solver == "min_norm" and self.ridge is not None:
-            raise ValueError("solver min_norm has no ridge: leave it out")
+        if self.solver == "min_norm" and (self.ridge is not None or self.prior is not None):
+            raise ValueError("solver min_norm has neither ridge nor prior: leave them out")
+        if self.rank is not None and self.prior == "identity":
+            raise ValueError("prior identity has no smaller rank: leave one of them out")
         return self
 
 
@@ -81,6 +85,7 @@ class InclineSpec(OnePassSpec):
         tensors: dict[tuple[int, Role | None], Tensor] = {}
         for layer, each in enumerate(maps):
             parts: dict[Role, Tensor | None] = {"matrix": each.matrix, "left": each.left, "right": each.right}
+            parts["bias"] = each.bias
             tensors |= {(layer, role): part for role, part in parts.items() if part is not None}
         return Fitted(
             kind="linear_map",
@@ -88,10 +93,18 @@ class InclineSpec(OnePassSpec):
             tensors=tensors,
             default_strength=config.default_strength,
             default_layers=layers,
-            config=asdict(config) | {"ridge_by_layer": [each.ridge for each in maps]},
+            config=asdict(config) | _chosen(maps),
             metrics=_metrics(maps),
             languages=config.languages,
         )
+
+
+def _chosen(maps: list[incline.Map]) -> dict[str, Any]:
+    """What was chosen for each layer; JSON has no infinity, so that an infinite ridge is null."""
+    return {
+        "ridge_by_layer": [each.ridge if math.isfinite(each.ridge) else None for each in maps],
+        "prior_by_layer": [each.prior for each in maps],
+    }
 
 
 def _metrics(maps: list[incline.Map]) -> dict[str, float]:

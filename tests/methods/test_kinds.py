@@ -118,10 +118,12 @@ def test_add_add_norm_set_scale_and_map_are_their_formulas() -> None:
     weighted = run(neuron_set(0.5), {None: np.array([1, 4]), "weights": np.array([2.0, -1.0])}, x)
     assert weighted[[1, 4]].tolist() == [2 * x[1], 0.5 * x[4]]
     matrix = RNG.standard_normal((WIDTH, WIDTH))
-    np.testing.assert_allclose(run(linear_map(0.3, [2]), {"matrix": matrix}, x), x + 0.3 * matrix @ x)
+    np.testing.assert_allclose(run(linear_map(0.3, [2], False), {"matrix": matrix}, x), x + 0.3 * matrix @ x)
+    biased = run(linear_map(0.3, [2], True), {"matrix": matrix, "bias": v}, x)
+    np.testing.assert_allclose(biased, x + 0.3 * (matrix @ x + v))
     left, right = RNG.standard_normal((WIDTH, 3)), RNG.standard_normal((3, WIDTH))
-    factored = run(linear_map(0.3, [2]), {"left": left, "right": right}, x)
-    np.testing.assert_allclose(factored, run(linear_map(0.3, [2]), {"matrix": left @ right}, x))
+    factored = run(linear_map(0.3, [2], False), {"left": left, "right": right}, x)
+    np.testing.assert_allclose(factored, run(linear_map(0.3, [2], False), {"matrix": left @ right}, x))
 
 
 def test_an_empty_set_of_neurons_changes_nothing() -> None:

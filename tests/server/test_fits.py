@@ -78,12 +78,21 @@ def test_incline_publishes_maps_of_every_layer_with_their_errors_and_languages(t
     assert manifest.languages == ["sw", "en"]
     found = tensors(tmp_path, version)
     assert {key: tensor.shape for key, tensor in found.items()} == {
-        (layer, "matrix"): (HIDDEN, HIDDEN) for layer in range(LAYERS)
+        (layer, role): shape
+        for layer in range(LAYERS)
+        for role, shape in (("matrix", (HIDDEN, HIDDEN)), ("bias", (HIDDEN,)))
     }
     config = manifest.provenance.config
-    assert len(config["ridge_by_layer"]) == LAYERS
+    assert len(config["ridge_by_layer"]) == LAYERS and set(config["prior_by_layer"]) <= {"mean", "identity"}
     assert (config["source_language"], config["solver"], config["ridge"]) == ("sw", "ridge", None)
     assert {f"heldout_error.{layer}" for layer in range(LAYERS)} < manifest.metrics.keys()
+
+
+def test_the_papers_incline_has_no_bias(tmp_path: Path) -> None:
+    options = {"source_language": "sw", "solver": "min_norm"}
+    version = fitted(tmp_path, "incline", TRANSLATED, options=options)
+    assert tensors(tmp_path, version).keys() == {(layer, "matrix") for layer in range(LAYERS)}
+    assert version.manifest.provenance.config["prior_by_layer"] == [None] * LAYERS
 
 
 def test_incline_of_the_embeddings_is_one_map_before_the_first_layer(tmp_path: Path) -> None:
@@ -91,13 +100,13 @@ def test_incline_of_the_embeddings_is_one_map_before_the_first_layer(tmp_path: P
     version = fitted(tmp_path, "incline", TRANSLATED, options=options)
     manifest = version.manifest
     assert (manifest.point, manifest.layers, manifest.default_layers) == ("resid_pre", [0], [0])
-    assert tensors(tmp_path, version).keys() == {(0, "matrix")}
+    assert tensors(tmp_path, version).keys() == {(0, "matrix"), (0, "bias")}
 
 
 def test_incline_of_a_rank_publishes_factors(tmp_path: Path) -> None:
     version = fitted(tmp_path, "incline", TRANSLATED, options={"source_language": "sw", "rank": 2})
     found = tensors(tmp_path, version)
-    assert {role for _, role in found} == {"left", "right"}
+    assert {role for _, role in found} == {"left", "right", "bias"}
     assert found[0, "left"].shape == (HIDDEN, 2) and found[0, "right"].shape == (2, HIDDEN)
     assert version.manifest.metrics["rank_error"] > 0
 

@@ -55,6 +55,18 @@ KINDS: dict[str, Callable[[], tuple[str, str, Tensors, dict[str, Any]]]] = {
         {},
     ),
     "dense map": lambda: ("linear_map", "resid_post", {(2, "matrix"): rows(HIDDEN, HIDDEN)}, {}),
+    "map with a bias": lambda: (
+        "linear_map",
+        "resid_post",
+        {(2, "bias"): rows(HIDDEN), (2, "matrix"): np.zeros((HIDDEN, HIDDEN), np.float32)},
+        {},
+    ),
+    "factored map with a bias of 0": lambda: (
+        "linear_map",
+        "resid_post",
+        {(2, "bias"): np.zeros(HIDDEN, np.float32), (2, "left"): rows(HIDDEN, RANK), (2, "right"): rows(RANK, HIDDEN)},
+        {},
+    ),
     "factored map": lambda: (
         "linear_map",
         "attn_out",
@@ -136,6 +148,8 @@ WIDE = {"model.widths": {"mlp_act": NEURONS}}
         ("neuron_set", "resid_post", {(2, None): np.arange(2), (2, "weights"): rows(3)}, {}, "sites.1.shape"),
         ("linear_map", "resid_post", {(2, "matrix"): rows(HIDDEN, 4)}, {}, "sites.0.shape"),
         ("linear_map", "resid_post", {(2, "left"): rows(HIDDEN, RANK)}, {}, "sites"),
+        ("linear_map", "resid_post", {(2, "bias"): rows(HIDDEN)}, {}, "sites"),
+        ("linear_map", "resid_post", {(2, "matrix"): rows(HIDDEN, 8), (2, "bias"): rows(9)}, {}, "sites.1.shape"),
         (
             "linear_map",
             "resid_post",

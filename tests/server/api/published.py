@@ -79,9 +79,13 @@ def publish_neurons(store: Store, *indices: int, name: str = "neurons", point: s
     return publish(store, name, {(2, None): np.array(indices, np.int64)}, point, kind="neuron_set")
 
 
-def publish_map(store: Store) -> ArtifactVersion:
-    maps = {(layer, "matrix"): np.full((HIDDEN, HIDDEN), float(layer), np.float32) for layer in SITES}
-    return publish(store, "map", maps, kind="linear_map")  # type: ignore[arg-type]
+def publish_map(store: Store, biased: tuple[int, ...] = ()) -> ArtifactVersion:
+    maps: dict[tuple[int, str | None], np.ndarray] = {}
+    for layer in SITES:
+        maps[layer, "matrix"] = np.full((HIDDEN, HIDDEN), float(layer), np.float32)
+        if layer in biased:
+            maps[layer, "bias"] = np.full(HIDDEN, -float(layer), np.float32)
+    return publish(store, "map", maps, kind="linear_map")
 
 
 def prepare(steerer: Steerer, *interventions: dict[str, Any], **fields: Any) -> Prepared:

@@ -71,6 +71,23 @@ def test_only_the_chosen_layers_of_a_map_are_loaded(store: Store, steerer: Steer
     assert other.operand != edit.operand
 
 
+def test_the_bias_of_a_map_is_added_behind_it_with_the_same_strength_and_span(store: Store, steerer: Steerer) -> None:
+    publish_map(store, biased=(3, 5))
+    apply = {"prompt_positions": [-1]}
+    prepared = prepare(steerer, {"artifact": "map", "layers": [3, 5], "strength": 0.25, "apply": apply})
+    mapped, added = prepared.program.edits
+    assert (mapped.opcode, added.opcode, prepared.owners) == ("map", "add", (0, 0))
+    assert (mapped.strength, mapped.span, mapped.layers) == (added.strength, added.span, added.layers)
+    assert (tensor(load(prepared, added.operand), 5, "vector") == -5).all()
+    assert {piece.role for piece in load(prepared, mapped.operand).pieces} == {"matrix"}
+    others = [layer for layer in SITES if layer not in (3, 5)]
+    (edit,) = prepare(steerer, {"artifact": "map", "layers": others}).program.edits
+    assert edit.opcode == "map"
+    refused(
+        steerer, 422, "steering.interventions.0.layers", "bias at layers", {"artifact": "map", "layers": [3, *others]}
+    )
+
+
 def test_features_become_one_rank_edit_and_one_add(store: Store, steerer: Steerer) -> None:
     version = publish_sae(store)
     features = [

@@ -68,9 +68,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (body("caa", options={"component": "heads"}), "options.component"),
     (body("incline", options={}), "options.source_language"),
     (body("incline", options={"source_language": "no such language"}), "options.source_language"),
-    (body("incline", options={"source_language": "sw", "component": "embedding"}), "options.component"),
+    (body("incline", options={"source_language": "sw", "component": "heads"}), "options.component"),
     (body("incline", options={"source_language": "sw", "ridge": 0}), "options.ridge"),
     (body("incline", options={"source_language": "sw", "ridge": 0.1, "solver": "min_norm"}), "options"),
+    (body("incline", options={"source_language": "sw", "prior": "mean", "solver": "min_norm"}), "options"),
+    (body("incline", options={"source_language": "sw", "prior": "identity", "rank": 2}), "options"),
     (body("incline", options={"source_language": "sw", "rank": 0}), "options.rank"),
 ]
 
