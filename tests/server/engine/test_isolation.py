@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from server.engine.edits import POINTS, Edit, Point
+from server.engine.edits import POINTS, Edit, Point, layers_at
 from server.engine.operands import Operand, pack
 from server.engine.spans import Span
 from tests.server.engine.child import Request, Result, Run, run_engine
@@ -24,7 +24,7 @@ from tests.server.engine.test_parity import SHAPE
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 
 LAYERS, HIDDEN, BLOCK = SHAPE["num_hidden_layers"], SHAPE["hidden_size"], 32
-WIDTHS = {"resid_post": HIDDEN, "mlp_out": HIDDEN, "attn_out": HIDDEN, "head_out": 256, "mlp_act": 192}
+WIDTHS: dict[Point, int] = {**dict.fromkeys(POINTS, HIDDEN), "head_out": 256, "mlp_act": 192}
 SHARED_PROMPT_TOKENS = 3 * BLOCK + 1
 """All but the last token can come from the cache: a prefill of one token."""
 SHARED = 976
@@ -70,7 +70,7 @@ def operands() -> Operands:
     return {
         f"{point}-{key}": (point, pack(tensors))
         for seed, (point, width) in enumerate(WIDTHS.items())
-        for key, tensors in tensors_for(LAYERS, width, 1.0, seed).items()
+        for key, tensors in tensors_for(len(layers_at(point, LAYERS)), width, 1.0, seed).items()
     }
 
 
