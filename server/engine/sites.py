@@ -125,9 +125,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise UnsupportedModel(f"polyhelm can't steer with {', '.join(refused)}")
     multimodal = vllm_config.model_config.multimodal_config
     if vllm_config.model_config.enable_prompt_embeds or (multimodal is not None and multimodal.enable_mm_embeds):
-        raise UnsupportedModel(
-            "polyhelm reads no pickles, which vLLM takes embeddings in: leave out --enable-*-embeds"
-        )
+        raise UnsupportedModel("polyhelm reads no pickles, which vLLM takes embeddings in: leave out --enable-*-embeds")
 
 
 def _points(

@@ -144,7 +144,9 @@ def _map_ahead(tables: Tables, site: int, residual: Tensor, hidden: Tensor | Non
 def _compiled(function: Callable[..., None]) -> Any:
     try:
         return njit(cache=True)(function)
-    except RuntimeError as error:  # there is no folder to keep it in
+    except RuntimeError as error:
+        if "no locator available" not in str(error):  # Numba's words for: there is no folder to keep it in
+            raise
         log.info("the CPU kernel is compiled at every start: %s", error)
         return njit(function)
 

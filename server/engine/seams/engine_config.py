@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 MAX_EDITS = 16
-"""Interventions per request."""
+"""Of a request's program: a condition, `renorm` and frozen mode's own are edits beside those of its interventions."""
 
 
 def engine_config(settings: Settings) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from server.engine.edits import Edit, Program
 from server.engine.routing import BatchView
 from server.engine.seams import PROGRAM, SeamError, endpoints, engine_config, install, requests, runner_v2, wrap
 
+ROOT = Path(__file__).parents[3]
 STEERED = {PROGRAM: Program((Edit("add", "v", (0,), 1.0),)).wire}
 
 
@@ -49,6 +52,25 @@ def step(*new: Any, finished: tuple[str, ...] = (), preempted: tuple[str, ...] =
 
 def new(request_id: str, extra: dict[str, bytes] | None, prompt_len: int = 5) -> Any:
     return SimpleNamespace(req_id=request_id, sampling_params=SimpleNamespace(extra_args=extra), prompt_len=prompt_len)
+
+
+def test_blocks_that_cannot_be_tagged_are_no_reason_not_to_start() -> None:
+    """The start-up probe sees it, and keeps programs apart by salt. In a process of its own: vLLM stays patched."""
+    code = """
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.core import EngineCore
+def changed(request, everything): ...
+kv_cache_utils.generate_block_hash_extra_keys = changed
+from server.engine import seams
+seams.log = type("Log", (), {"warning": lambda self, event, **fields: print(event, fields["reason"])})()
+seams.patch()
+print(kv_cache_utils.generate_block_hash_extra_keys is changed, hasattr(EngineCore, "polyhelm_reserve"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert any("can't be tagged" in line and "generate_block_hash_extra_keys takes" in line for line in said), said
+    assert said[-1] == "True True"
 
 
 def test_a_resumed_request_is_not_admitted_again() -> None:
