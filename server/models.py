@@ -132,7 +132,7 @@ def _local_folder(path: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, local_files_only=True))
+        return Path(snapshot_download(path, local_files_only=True))  # nosec B615: downloads nothing
     except (HFValidationError, LocalEntryNotFoundError):
         return None
 
@@ -265,10 +265,10 @@ def _dequantize(work: Path, add_bos: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(  # nosec B615: a folder of ours
         work, gguf_file="source.gguf", dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    tokenizer = AutoTokenizer.from_pretrained(work, gguf_file="source.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(work, gguf_file="source.gguf")  # nosec B615: a folder of ours
     if add_bos:
         tokenizer.add_bos_token = True
     model.save_pretrained(work / "model")

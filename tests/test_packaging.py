@@ -39,7 +39,7 @@ def violations(requirements: list[str], versions: dict[str, str]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", [*LOCKS, "audit"])
 def test_lock_pins_everything_and_leaves_out_what_breaks_a_cpu_torch(name: str) -> None:
     assert not UNWANTED & lock(name).keys()
 
@@ -68,7 +68,7 @@ def test_version_is_stated_once_more_in_the_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["pyproject.toml", "Makefile", ".ci/run", *(f"requirements/{name}.txt" for name in LOCKS)]
+    "path", ["pyproject.toml", "Makefile", ".ci/run", *(f"requirements/{name}.txt" for name in (*LOCKS, "audit"))]
 )
 def test_no_address_and_no_path_of_a_machine(path: str) -> None:
     text = (ROOT / path).read_text("utf-8")
@@ -85,7 +85,10 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_make_alone_explains_its_targets() -> None:
     done = make()
     assert done.returncode == 0
-    assert all(f"make {target}" in done.stdout for target in ("serve", "test", "lint", "setup", "bench-setup", "clean"))
+    assert all(
+        f"make {target}" in done.stdout
+        for target in ("serve", "test", "lint", "audit", "setup", "bench-setup", "clean")
+    )
 
 
 def test_make_without_python_says_what_it_needs() -> None:

@@ -69,7 +69,7 @@ def _delete(db: sqlite3.Connection, collection: int) -> None:
     db.execute("DELETE FROM vectors WHERE key >= ? AND key < ?", keys)
     db.execute("DELETE FROM facts WHERE key >= ? AND key < ?", keys)
     for table in ("revisions", "writes"):
-        db.execute(f"DELETE FROM {table} WHERE collection = ?", (collection,))
+        db.execute(f"DELETE FROM {table} WHERE collection = ?", (collection,))  # nosec B608: one of two constants
     db.execute("DELETE FROM collections WHERE id = ?", (collection,))
 
 
