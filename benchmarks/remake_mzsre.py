@@ -81,8 +81,7 @@ class Prompts:
         if not found or found[0].probability < 0.5:
             return {arm: plain for arm in arms}
         fact = found[0].fact
-        (key,) = self.collection.vectors([fact])
-        nearest = [int(n) for n in np.argsort(-(self.vectors @ key), kind="stable")]
+        nearest = [int(n) for n in np.argsort(-(self.vectors @ found[0].vector), kind="stable")]
         made = {"pre": plain}
         for arm in arms[1:]:
             form, _, count = arm.partition("-")

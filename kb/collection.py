@@ -10,7 +10,7 @@ import numpy as np
 
 from kb.backends.base import CollectionInfo, FactStore, Stats
 from kb.encoders.base import EncoderIdentity
-from kb.errors import DuplicateId, FactNotFound, InvalidFilter, InvalidVector, KbBusy, KbError
+from kb.errors import DuplicateId, FactNotFound, InvalidFilter, InvalidVector, KbError
 from kb.facts import Fact, FactDraft, Hit, aware, key_hash
 from kb.filters import Filter
 from kb.upserts import Outcome, Planner, tombstones
@@ -70,7 +70,7 @@ class Collection:
         with `each`, a draft that is at fault gets an outcome with the error, and the others are written.
         """
         errors: dict[int, KbError] = {}
-        known = self._vectors(drafts, vectors, encode, errors)
+        known, looked_up = self._vectors(drafts, vectors, encode, errors)
         seen: dict[str, int] = {}
         for index, draft in enumerate(drafts):
             if draft.id is not None and seen.setdefault(draft.id, index) != index:
@@ -82,7 +82,7 @@ class Collection:
             for index, draft in enumerate(drafts):
                 if index not in errors:
                     try:
-                        outcomes.append(planner.apply(draft, known[index]))
+                        outcomes.append(planner.apply(draft, known[index], given=index not in looked_up))
                         continue
                     except KbError as exc:
                         errors[index] = exc
@@ -153,14 +153,10 @@ class Collection:
             return []
         return self._store.nearest(self._units(queries), k, where, aware(at) if at else datetime.now(UTC))
 
-    def vectors(self, facts: Sequence[Fact]) -> np.ndarray:
-        """The facts' vectors, float32 [facts, dimension]. Raises KbBusy for one that was deleted a moment ago."""
-        hashes = [key_hash(fact.key) for fact in facts]
-        known = self._store.vectors_by_key(set(hashes))
-        gone = [fact.id for fact, hashed in zip(facts, hashes, strict=True) if hashed not in known]
-        if gone:
-            raise KbBusy(f"fact {gone[0]!r} of collection {self.name!r} was changed meanwhile; try again")
-        return np.stack([known[hashed] for hashed in hashes])
+    def vectors(self, facts: Sequence[Fact]) -> list[np.ndarray | None]:
+        """The facts' own vectors, each float32 [dimension]; None for one that was changed or deleted meanwhile."""
+        known = self._store.vectors_of(facts)
+        return [known.get(fact.id) for fact in facts]
 
     def facts(
         self, where: Filter | None = None, cursor: str | None = None, limit: int = 100, *, deleted: bool = False
@@ -191,8 +187,8 @@ class Collection:
         vectors: np.ndarray | Sequence[np.ndarray | None] | None,
         encode: Encode | None,
         errors: dict[int, KbError],
-    ) -> list[Any]:
-        """A unit vector per draft; those without one are in `errors`."""
+    ) -> tuple[list[Any], set[int]]:
+        """A unit vector per draft, those without one are in `errors`; and the drafts that came without one."""
         found: list[np.ndarray | None] = []
         for index, draft in enumerate(drafts):
             given = draft.embedding if draft.embedding is not None else None if vectors is None else vectors[index]
@@ -218,7 +214,7 @@ class Collection:
                     f" {self.encoder.name!r}; send 'embedding'",
                     "embedding",
                 )
-        return found
+        return found, set(without)
 
     def _units(self, rows: np.ndarray) -> np.ndarray:
         """The rows at length 1. Raises InvalidVector."""

@@ -53,10 +53,13 @@ class Planner:
         self._new_vectors: dict[str, np.ndarray] = {}
         self._revisions: list[Fact] = []
 
-    def apply(self, draft: FactDraft, vector: np.ndarray) -> Outcome:
-        """Raises FactConflict, and has then done nothing."""
+    def apply(self, draft: FactDraft, vector: np.ndarray, *, given: bool = True) -> Outcome:
+        """Raises FactConflict, and has then done nothing. A vector that wasn't `given` is of any fact with this key."""
         hashed = content_hash(draft)
         known = self._facts.get(draft.id) if draft.id else self._by_content.get(hashed)
+        if not given and known is not None and not known.deleted and known.key == draft.key:
+            # Clients may have sent other vectors with other facts of the same key.
+            vector = self._vectors.get(known.id, vector)
         if known is not None and not known.deleted and self._says_the_same(known, draft, vector):
             return Outcome(known.id, "unchanged", known.version, known.seq)
         id = known.id if known else draft.id or new_id()

@@ -73,9 +73,7 @@ class Adviser:
         examples = []
         if pool and settings.examples:
             receipt.language = (settings.examples.language or text.language or "").lower()
-            examples = await run_in_threadpool(
-                _examples, pool, settings.examples, facts[0], collection, receipt.language
-            )
+            examples = await run_in_threadpool(_examples, pool, settings.examples, used[0], receipt.language)
             receipt.examples = len(examples)
         return Advice(remake.remake_prompt(question, facts, examples), receipt)
 
@@ -112,12 +110,10 @@ def _scores(found: Found) -> dict[str, object]:
     }
 
 
-def _examples(
-    pool: Collection, wanted: Examples, fact: remake.Fact, facts: Collection, language: str
-) -> list[remake.Example]:
+def _examples(pool: Collection, wanted: Examples, used: Found, language: str) -> list[remake.Example]:
     """The examples most like the fact's own question, as in the paper, and not the fact itself."""
-    where = Filter(language=[fact.language]) if fact.language else None
-    hits = pool.search(facts.vectors([fact]), wanted.count * POOL_FACTOR, where=where)[0]
-    others = [hit.fact for hit in hits if hit.fact.key != fact.key]
+    where = Filter(language=[used.fact.language]) if used.fact.language else None
+    hits = pool.search(used.vector[None], wanted.count * POOL_FACTOR, where=where)[0]
+    others = [hit.fact for hit in hits if hit.fact.key != used.fact.key]
     made = (remake.example(each, wanted.form, language) for each in others)
     return [each for each in made if each is not None][: wanted.count]

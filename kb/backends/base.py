@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection as Some
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -88,6 +88,10 @@ class FactStore(Protocol):
         ...
 
     def get(self, id: str) -> Fact | None: ...
+
+    def vectors_of(self, facts: Sequence[Fact]) -> dict[str, np.ndarray]:
+        """float32 [dimension] by id, of those that are still as they are given here."""
+        ...
 
     def vectors_by_key(self, hashes: Some[bytes]) -> dict[bytes, np.ndarray]:
         """float32 [dimension] of facts that aren't deleted, by `key_hash` of their keys."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection as Some
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -128,6 +128,16 @@ class PostgresFacts:
     def get(self, id: str) -> Fact | None:
         with self._pool.connection() as db:
             return one(db, self._number, id)
+
+    def vectors_of(self, facts: Sequence[Fact]) -> dict[str, np.ndarray]:
+        seqs = {fact.id: fact.seq for fact in facts}
+        sql = (
+            "SELECT id, seq, embedding::real[] AS vector FROM kb_facts "
+            "WHERE collection = %s AND NOT deleted AND id = ANY (%s)"
+        )
+        with self._pool.connection() as db:
+            rows = db.execute(sql, (self._number, list(seqs))).fetchall()
+        return {row["id"]: np.array(row["vector"], np.float32) for row in rows if row["seq"] == seqs[row["id"]]}
 
     def vectors_by_key(self, hashes: Some[bytes]) -> dict[bytes, np.ndarray]:
         sql = (

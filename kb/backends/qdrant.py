@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Collection as Some
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -149,10 +149,23 @@ class QdrantFacts:
             for some in _batches([point_id(fact.id) for fact in gone]):
                 self._client.delete(collection, models.PointIdsList(points=some), wait=True)
         self.last_seq = max(self.last_seq, *(fact.seq for fact in writes.facts))
+        # Beside the collection's settings, for whoever opens it next.
+        self._client.set_payload(REGISTRY, {"last_seq": self.last_seq}, points=[point_id(self._info.name)], wait=True)
 
     def get(self, id: str) -> Fact | None:
         with _errors_named():
             return self.by_id([id]).get(id)
+
+    def vectors_of(self, facts: Sequence[Fact]) -> dict[str, np.ndarray]:
+        seqs = {point_id(fact.id): fact.seq for fact in facts}
+        found = {}
+        with _errors_named():
+            for some in _batches(list(seqs)):
+                for record in self._client.retrieve(self._here, some, with_payload=["id", "seq"], with_vectors=True):
+                    payload = record.payload or {}
+                    if payload["seq"] == seqs[str(record.id)]:
+                        found[payload["id"]] = np.array(record.vector, np.float32)
+        return found
 
     def vectors_by_key(self, hashes: Some[bytes]) -> dict[bytes, np.ndarray]:
         found: dict[bytes, np.ndarray] = {}
@@ -201,7 +214,9 @@ class QdrantFacts:
             facts = self._client.count(self._here, exact=True).count
             gone = models.Filter(must=[any_of("passed", [False])])
             deleted = self._client.count(self._past, count_filter=gone, exact=True).count
-        return Stats(facts, deleted, self.last_seq, {"kind": "qdrant"})
+            entry = self._client.retrieve(REGISTRY, [point_id(self._info.name)], with_payload=True)
+        last = max([self.last_seq, *((record.payload or {}).get("last_seq", 0) for record in entry)])
+        return Stats(facts, deleted, last, {"kind": "qdrant"})
 
     def snapshot(self) -> dict[str, Any]:
         """A snapshot of Qdrant's own, on the server; in local mode there is no index to keep."""

@@ -135,7 +135,10 @@ async def _stream(request: Request, collection: Collection, encode: Encode | Non
     finally:
         importer.close()
     status, content = _summary_json(collection, importer.summary, stopped)
-    answer = await run_in_threadpool(once.remember, JSONResponse(content, status))
+    answer = JSONResponse(content, status)
+    if stopped is None:
+        # The whole body was read: only then does the hash say which request this was.
+        await run_in_threadpool(once.remember, answer)
     if spool is None:
         return answer
     spool.write(bytes(answer.body) + b"\n")

@@ -79,8 +79,10 @@ def test_everything_is_there_after_opening_again(place: Callable[[], KnowledgeBa
     write(collection, encoder, rich)
     before = collection.get("germany")
     collection.snapshot()
+    last = collection.stats().last_seq
     again = place().collection("facts")
     assert again.get("germany") == before
+    assert again.stats().last_seq == last > 0
     assert (before.valid_from, before.aliases, before.metadata) == (moment, ("BRD", "Deutschland"), {"n": [1, None]})
     assert found(again, encoder, "capital of germany") == ["germany"]
     assert again.info == collection.info
@@ -262,8 +264,25 @@ def test_each_and_vectors_give_what_was_encoded(collection: Collection, encoder:
     assert told.keys() == CITIES.keys() - {"italy"}
     facts = collection.facts().facts
     expected = encoder.encode_documents([fact.key for fact in facts])
-    np.testing.assert_array_equal(collection.vectors(facts), expected)
+    np.testing.assert_array_equal(np.stack(known := [v for v in collection.vectors(facts) if v is not None]), expected)
     np.testing.assert_array_equal(np.stack([told[fact.id] for fact in facts]), expected)
+    assert len(known) == len(facts)
+    write(collection, encoder, draft("kenya", answer="Mombasa"))
+    collection.delete(["peru"])
+    assert {fact.id for fact, vector in zip(facts, collection.vectors(facts), strict=True) if vector is None} == {
+        "kenya",
+        "peru",
+    }
+
+
+def test_facts_of_one_question_have_vectors_of_their_own(collection: Collection) -> None:
+    rows = np.eye(64, dtype=np.float32)[:2]
+    drafts = [FactDraft(id=f"f{number}", question="Who?", answer=str(number)) for number in range(2)]
+    collection.upsert(drafts, rows)
+    by_id = {hit.fact.id: hit.fact for hit in collection.search(rows[:1], 2)[0]}
+    np.testing.assert_array_equal(np.stack(collection.vectors([by_id["f0"], by_id["f1"]])), rows)
+    # Sent again without a vector, each is still what it was.
+    assert [outcome.status for outcome in collection.upsert(drafts)] == ["unchanged", "unchanged"]
 
 
 def test_embeddings_are_taken_at_length_one_and_checked(collection: Collection, encoder: Ngrams) -> None:

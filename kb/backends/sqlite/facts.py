@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection as Some
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -51,6 +51,20 @@ class SqliteFacts:
     def get(self, id: str) -> Fact | None:
         with self._db.connection() as db:
             return self._get(db, id)
+
+    def vectors_of(self, facts: Sequence[Fact]) -> dict[str, np.ndarray]:
+        seqs = {fact.id: fact.seq for fact in facts}
+        found = {}
+        with self._db.connection() as db:
+            for some in in_batches(seqs):
+                sql = (
+                    "SELECT id, seq, vector FROM facts JOIN vectors USING (key) "
+                    f"WHERE collection = ? AND NOT deleted AND id IN ({marks(some)})"
+                )
+                for id, seq, vector in db.execute(sql, (self._collection, *some)):
+                    if seq == seqs[id]:
+                        found[id] = np.frombuffer(vector, "<f4")
+        return found
 
     def vectors_by_key(self, hashes: Some[bytes]) -> dict[bytes, np.ndarray]:
         found = {}
@@ -146,7 +160,8 @@ class SqliteFacts:
 
     def _numbers(self, where: Filter, at: datetime) -> np.ndarray:
         condition, values = conditions(where, at)
-        sql = f"SELECT key FROM facts WHERE collection = ? AND NOT deleted{condition}"
+        # Values are bound: `conditions` writes columns and question marks.
+        sql = f"SELECT key FROM facts WHERE collection = ? AND NOT deleted{condition}"  # nosec B608
         with self._db.connection() as db:
             keys = db.execute(sql, (self._collection, *values)).fetchall()
         return np.array([key for (key,) in keys], np.int64) & ((1 << NUMBER_BITS) - 1)
@@ -156,7 +171,8 @@ class SqliteFacts:
         base = self._collection << NUMBER_BITS
         with self._db.connection() as db:
             for some in in_batches(base | number for number in numbers):
-                for row in db.execute(f"SELECT key, {SELECTED} FROM facts WHERE key IN ({marks(some)})", some):
+                sql = f"SELECT key, {SELECTED} FROM facts WHERE key IN ({marks(some)})"  # nosec B608: as above
+                for row in db.execute(sql, some):
                     found[row["key"] - base] = fact_of(row)
         return found
 

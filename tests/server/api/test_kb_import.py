@@ -190,6 +190,35 @@ def test_a_request_that_failed_for_the_disk_is_done_again_under_its_key(
     assert answer.json()["created"] + answer.json()["unchanged"] == 1000
 
 
+def test_a_client_that_left_sends_all_of_it_again_under_its_key(client: TestClient) -> None:
+    content = lines(*(fact(number) for number in range(3000)))
+    assert client.portal is not None
+    client.portal.call(_leave, client, content[: len(content) // 2], "k")
+    written = count(client)
+    assert 0 < written < 3000
+    answer = put_lines(client, content, **{"Idempotency-Key": "k"})
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["unchanged"], answer.json()["created"]) == (written, 3000 - written)
+    assert put_lines(client, content, **{"Idempotency-Key": "k"}).headers["Idempotency-Replayed"] == "true"
+
+
+async def _leave(client: TestClient, content: bytes, key: str) -> None:
+    """Send the beginning of a stream, and hang up."""
+    messages = [{"type": "http.request", "body": content, "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        pass  # Nobody listens.
+
+    headers = [(b"content-type", NDJSON.encode()), (b"idempotency-key", key.encode())]
+    path = f"{ROOT}/facts"
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "PUT", "scheme": "http"}
+    scope |= {"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers}
+    await client.app(scope, receive, send)
+
+
 def test_another_kind_of_body_is_refused(client: TestClient) -> None:
     answer = client.put(f"{ROOT}/facts", content=b"a,b", headers={"Content-Type": "text/csv"})
     assert_refused(answer, 415, "UnsupportedMediaType", "Content-Type", NDJSON)
