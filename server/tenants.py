@@ -55,6 +55,7 @@ class TenantStore:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.max_files, self.max_bytes = store.max_files, store.max_bytes
+        self.incoming = store.incoming
 
     def publish(self, name: str, manifest: str | bytes | Mapping[str, object], files: Mapping[str, Any]) -> Publication:
         check_owned(check_name(name))

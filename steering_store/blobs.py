@@ -18,8 +18,6 @@ from typing import BinaryIO
 from steering_store.errors import READ_ONLY, CorruptArtifact, StoreFull, StoreReadOnly, TooLarge
 from steering_store.manifest import FileEntry
 
-Source = Path | bytes | BinaryIO
-
 CHUNK_BYTES = 1 << 20
 STALE_SECONDS = 3600.0
 
@@ -31,6 +29,49 @@ class StagedFile:
     path: Path
     size: int
     sha256: str
+
+
+class Incoming:
+    """A file on its way in, to be written once from its beginning to its end: in `tmp/`, and hashed as it comes.
+
+    Close it in any case; unless it was adopted, it is gone then. Raises StoreFull or StoreReadOnly.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._hasher = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: bytes) -> int:
+        with _disk_named():
+            self._stream.write(data)
+        self._hasher.update(data)
+        self._size += len(data)
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._stream.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        with _disk_named():
+            return self._stream.seek(offset, whence)
+
+    def close(self) -> None:
+        # What is still in its buffer doesn't matter where nobody wants the file.
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        Path(self._stream.name).unlink(missing_ok=True)
+
+    def staged(self, limit: int) -> StagedFile:
+        """The file, made durable. Raises TooLarge beyond `limit` bytes."""
+        if self._size > limit:
+            raise _too_large()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return StagedFile(Path(self._stream.name), self._size, self._hasher.hexdigest())
+
+
+Source = Path | bytes | BinaryIO | Incoming
 
 
 class Blobs:
@@ -45,17 +86,26 @@ class Blobs:
 
     @contextlib.contextmanager
     def stage(self, source: Source, limit: int) -> Iterator[StagedFile]:
-        """Copy a source to `tmp/` while hashing it; removed at the end, unless adopted.
+        """Copy a source to `tmp/` while hashing it; removed at the end, unless adopted. What came in is there already.
 
         Raises TooLarge beyond `limit` bytes, StoreFull.
         """
-        with _disk_named(), self._locked_tmp() as writer:
+        if isinstance(source, Incoming):
+            with _disk_named():
+                yield source.staged(limit)
+            return
+        with _disk_named(), self._new_tmp() as writer:
             path = Path(writer.name)
             try:
                 size, sha256 = _copy(source, writer, limit)
                 yield StagedFile(path, size, sha256)
             finally:
                 path.unlink(missing_ok=True)
+
+    def incoming(self) -> Incoming:
+        """A new file to write to, for `stage`. Raises StoreFull or StoreReadOnly."""
+        with _disk_named():
+            return Incoming(self._new_tmp())
 
     def adopt(self, staged: StagedFile) -> None:
         """Move a staged file to its place, durably. Replaces a blob of that digest, which mends a damaged one.
@@ -132,16 +182,15 @@ class Blobs:
                 swept.append((path, found.st_size))
         return swept
 
-    @contextlib.contextmanager
-    def _locked_tmp(self) -> Iterator[BinaryIO]:
+    def _new_tmp(self) -> BinaryIO:
         """A new file in `tmp/` that no sweep takes while it is open."""
         while True:
-            with (self._tmp / uuid.uuid4().hex).open("xb") as stream:
-                fcntl.flock(stream, fcntl.LOCK_SH)
-                # A sweep may have come between the two lines above.
-                if os.fstat(stream.fileno()).st_nlink:
-                    yield stream
-                    return
+            stream = (self._tmp / uuid.uuid4().hex).open("x+b")
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            # A sweep may have come between the two lines above.
+            if os.fstat(stream.fileno()).st_nlink:
+                return stream
+            stream.close()
 
 
 def check_hash(entry: FileEntry, found: str) -> None:
@@ -157,7 +206,11 @@ def corrupt(entry: FileEntry, what: str) -> CorruptArtifact:
     )
 
 
-def _copy(source: Source, writer: BinaryIO, limit: int) -> tuple[int, str]:
+def _too_large() -> TooLarge:
+    return TooLarge("files: larger together than the store accepts; publish smaller ones", "files")
+
+
+def _copy(source: Path | bytes | BinaryIO, writer: BinaryIO, limit: int) -> tuple[int, str]:
     """Copy, make durable, and return how many bytes it was and their SHA-256 (hex)."""
     hasher = hashlib.sha256()
     size = 0
@@ -165,7 +218,7 @@ def _copy(source: Source, writer: BinaryIO, limit: int) -> tuple[int, str]:
         while chunk := reader.read(CHUNK_BYTES):
             size += len(chunk)
             if size > limit:
-                raise TooLarge("files: larger together than the store accepts; publish smaller ones", "files")
+                raise _too_large()
             hasher.update(chunk)
             writer.write(chunk)
     writer.flush()
@@ -173,7 +226,7 @@ def _copy(source: Source, writer: BinaryIO, limit: int) -> tuple[int, str]:
     return size, hasher.hexdigest()
 
 
-def _reader(source: Source) -> contextlib.AbstractContextManager[BinaryIO]:
+def _reader(source: Path | bytes | BinaryIO) -> contextlib.AbstractContextManager[BinaryIO]:
     if isinstance(source, Path):
         return source.open("rb")
     return BytesIO(source) if isinstance(source, bytes) else contextlib.nullcontext(source)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from steering_store import aliases, audit, garbage, presets
 from steering_store.aliases import Alias
-from steering_store.blobs import Blobs, Source, StagedFile, check_hash, corrupt
+from steering_store.blobs import Blobs, Incoming, Source, StagedFile, check_hash, corrupt
 from steering_store.db import connect, migrate, transaction
 from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, InvalidManifest, InvalidTensor, TooLarge
 from steering_store.garbage import GRACE_SECONDS, Garbage
@@ -72,6 +72,10 @@ class Store:
             staged = self._stage(files, cleanup)
             _check_content(draft, staged)
             return self._insert(name, _with_files(draft, staged), staged)
+
+    def incoming(self) -> Incoming:
+        """A file of the store to write an upload to, which `publish` then takes without another copy. Close it."""
+        return self._blobs.incoming()
 
     def resolve(self, ref: str | Reference) -> ArtifactVersion:
         """Find a version: `name@3`, `name@production`, `name@sha256:…`, or `name` for the highest that isn't yanked.

@@ -120,7 +120,7 @@ async def publish_artifact_version(store: StoreDep, name: str, request: Request,
 
     With `If-None-Match: *`, an artifact that was published before is refused with 412.
     """
-    async with read_upload(request, max_bytes=store.max_bytes, max_files=store.max_files) as upload:
+    async with read_upload(request, store) as upload:
         version, created = await run_in_threadpool(store.publish, name, upload.manifest, upload.files)
     if not created and request.headers.get("if-none-match", "").strip() == ANY:
         raise ApiError(412, f"the same artifact was published before, as {version.ref}", "manifest")

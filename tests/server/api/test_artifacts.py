@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +72,10 @@ def test_manifest_may_be_a_file_part(client: TestClient) -> None:
     assert client.post("/v1/artifacts/mood/versions", files=parts).status_code == 201
 
 
-def test_upload_is_never_whole_in_memory(tmp_path: Path) -> None:
-    """Told to the app message by message: the test client would hold the body itself."""
+def test_upload_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to the app message by message: the test client would hold the body itself. There is no temporary folder,
+    which in a container is memory: what comes lies in the store's, once."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     size = 16_000_000
     manifest = json.loads(json.dumps(MANIFEST))
     manifest["model"]["hidden_size"] = size
@@ -91,7 +94,10 @@ def test_upload_is_never_whole_in_memory(tmp_path: Path) -> None:
     app = artifact_app(store)
     pieces, sent = body(), []
 
+    on_the_disk: list[int] = []
+
     async def receive() -> Message:
+        on_the_disk.append(sum(path.stat().st_size for path in (tmp_path / "large" / "tmp").iterdir()))
         return {"type": "http.request", "body": next(pieces, b""), "more_body": True}
 
     async def finite() -> Message:
@@ -114,6 +120,37 @@ def test_upload_is_never_whole_in_memory(tmp_path: Path) -> None:
     assert sent[0]["status"] == 201, sent
     assert store.resolve("large").manifest.files[0].size == 8 + len(header) + 64_000_000
     assert peak < 40_000_000
+    assert 60_000_000 < max(on_the_disk) < 65_000_000
+    assert list((tmp_path / "large" / "tmp").iterdir()) == []
+
+
+def test_refused_upload_leaves_nothing_behind(client: TestClient, tmp_path: Path) -> None:
+    for status, answer in (
+        (413, publish(client, vectors__safetensors=b"x" * 2 * MAX_BYTES)),
+        (413, publish(client, **{f"f{i}__safetensors": b"x" for i in range(9)})),
+        (422, publish(client, vectors__safetensors=b"x")),
+        (422, publish(client, manifest="{}")),
+        (200, publish(client) and publish(client)),
+    ):
+        assert answer.status_code == status
+        assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_full_disk_is_said_while_the_upload_comes(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to /dev/full stands for the file: the kernel itself says that there is no room."""
+    open_file = Path.open
+
+    def full(path: Path, mode: str = "r", **options: Any) -> Any:
+        if mode == "x+b":
+            path.symlink_to("/dev/full")
+            mode = "r+b"
+        return open_file(path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        refused = publish(client, vectors__safetensors=b"x" * 50_000)
+    assert_refused(refused, 507, "InsufficientStorageError", None, "disk is full")
+    assert publish(client).status_code == 201
 
 
 def test_list_is_paged(client: TestClient) -> None:
