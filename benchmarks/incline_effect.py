@@ -2,11 +2,11 @@
 
 XCOPA (CC-BY-4.0), validation questions: which of two sentences is the cause, or the effect, of a premise? The likelier
 continuation, by the mean log-probability of its tokens. The last token of "premise, because" (or "so") is edited at all
-layers as in the paper: with the values of a first pass (mode `frozen`), h + alpha W h. Arms: the fitted map; a random
-map whose change is as long on average; the identity; CAA, the mean difference between the English and the language's
-states. Maps and vectors are fitted on lines 1 to 500 of NTREX-128 (CC-BY-SA-4.0); alpha is chosen for each language and
-arm on the even questions and used once on the odd ones. Writes results/incline_effect.json and a section of
-docs/results.md.
+layers as in the paper: with the values of a first pass (mode `frozen`), h + alpha (W h + b). Arms: the fitted map; a
+random map whose change is as long on average; the identity; CAA, the mean difference between the English and the
+language's states. Maps and vectors are fitted on lines 1 to 500 of NTREX-128 (CC-BY-SA-4.0); alpha is chosen for each
+language and arm on the even questions and used once on the odd ones. Writes results/incline_effect.json and a section
+of docs/results.md.
 
     POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/incline_effect.py --model polyhelm-data/models/gemma3-270m \\
         --states FOLDER
@@ -45,7 +45,7 @@ CONNECTORS = {
 }
 """Between a premise and its cause, and between a premise and its effect; those of lm-evaluation-harness' XCOPA."""
 ARMS = ("incline", "random", "caa")
-ALPHAS = (-0.3, 0.1, 0.3, 1.0)
+ALPHAS = (-1.0, -0.5, -0.1, 0.1, 0.3, 0.5, 1.0)
 
 
 class Question(NamedTuple):
@@ -77,12 +77,14 @@ def fitted(source: np.ndarray, english: np.ndarray, seed: int) -> dict[str, dict
     """The tensors of the arms, by layer and role."""
     rng = np.random.default_rng(seed)
     maps = incline.fit(source, english, incline.Config("x"))
-    found: dict[str, dict[int, dict[str, np.ndarray]]] = {arm: {} for arm in ARMS}
+    found: dict[str, dict[int, dict[str, np.ndarray]]] = {arm: {} for arm in (*ARMS, "bias")}
     for layer, each in enumerate(maps):
         h = source[:, layer].astype(np.float64)
+        assert each.bias is not None
         found["incline"][layer] = {"matrix": each.dense}
+        found["bias"][layer] = {"vector": each.bias}
         drawn = rng.standard_normal(each.dense.shape)
-        length = np.linalg.norm(h @ each.dense.T, axis=1).mean() / np.linalg.norm(h @ drawn.T, axis=1).mean()
+        length = np.linalg.norm(each.predict(h), axis=1).mean() / np.linalg.norm(h @ drawn.T, axis=1).mean()
         found["random"][layer] = {"matrix": (drawn * length).astype(np.float32)}
         found["caa"][layer] = {"vector": (english[:, layer] - source[:, layer]).mean(0)}
     return found
@@ -97,7 +99,8 @@ def edits(question: Question, arm: str, alpha: float, layers: int) -> tuple[Edit
     if arm == "identity":
         return clean, Edit("scale", f"identity.{question.language}", every, alpha, where)
     opcode = "add" if arm == "caa" else "map"
-    return clean, Edit(opcode, f"{arm}.{question.language}", every, alpha, where)
+    changed = clean, Edit(opcode, f"{arm}.{question.language}", every, alpha, where)
+    return (*changed, Edit("add", f"bias.{question.language}", every, alpha, where)) if arm == "incline" else changed
 
 
 def margins(model: LocalModel, asked: list[Question], arm: str, alpha: float) -> np.ndarray:

@@ -26,14 +26,17 @@ target's on the same texts, with ridge, in place of f; its vectors have f(nu)'s 
 differs), and `self_expert` (the target as its own expert, where widths agree).
 
 Not stated by the paper, and chosen here: tokens, kernel, bandwidth and sign (methods/rfm.py), the auto-encoder's
-training (AdamW, learning rate 1e-3, batches of 256, at most 200 epochs, stopped when a held-out tenth gets no better;
-states are scaled by their layer's mean length, and the scale folded back), the bias of f (`affine`: f(nu) = A nu + a as
-printed; otherwise A nu, which is what a difference of states becomes).
+training (AdamW, learning rate 1e-3, batches of 256, at most 1600 steps, stopped when a held-out tenth gets no better;
+A and B orthogonal at first, so that it begins as a projection), the bias of f (`affine`: f(nu) = A nu + a as printed;
+otherwise A nu, which is what a difference of states becomes). It is trained on states minus their mean m, over their
+scale s: a few directions that all states share would otherwise be most of the loss. g's bias takes both back: with
+z = A (h - m) / s + a, s z and f(h) = A h + a differ by a constant, which B z + b can hold. So nu, of length 1, keeps
+about its length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -50,7 +53,10 @@ Alignment = Literal["auto_encoder", "least_squares"]
 Progress = Callable[[int, int], None]
 """Takes (layers done, of how many)."""
 
-EPOCHS, PATIENCE, BATCH, LEARNING_RATE = 200, 5, 256, 1e-3
+STEPS, LEAST, PATIENCE, CHECK_EVERY, BATCH, LEARNING_RATE = 1600, 200, 100, 10, 256, 1e-3
+"""Of the auto-encoder's training: at most and at least so many steps; ended once none of PATIENCE was better."""
+EXACT = 1e-6
+"""A share of the variance below which there is nothing to train."""
 EULER = 0.5772156649015329
 
 
@@ -177,19 +183,23 @@ def auto_encoder(states: Array, width: int, seed: int) -> AutoEncoder:
     """Train f and g on states [texts, in]. ValueError for fewer than 10 texts, or states that are all the same."""
     if len(states) < 10:
         raise ValueError(f"an auto-encoder needs at least 10 texts, got {len(states)}")
-    scale = float(np.linalg.norm(states, axis=1).mean() / np.sqrt(states.shape[1]))
     order = np.random.default_rng(seed).permutation(len(states))
-    scaled = torch.from_numpy(np.ascontiguousarray(states[order]) / np.float32(scale or 1))
-    held_out, train = scaled[: len(scaled) // 10], scaled[len(scaled) // 10 :]
-    variance = float((held_out - train.mean(0)).square().sum())
-    if variance == 0:
+    held_out, train = states[order[: len(states) // 10]], states[order[len(states) // 10 :]]
+    mean = train.mean(0, dtype=np.float64)
+    scale = float(np.sqrt(np.square(train - mean).mean()))
+    if scale == 0:
         raise ValueError("the expert's states are all the same; there is nothing to align")
+    scaled = [torch.from_numpy(((part - mean) / scale).astype(np.float32)) for part in (train, held_out)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder, decoder = torch.nn.Linear(states.shape[1], width), torch.nn.Linear(width, states.shape[1])
-        best = _train(encoder, decoder, train, held_out)
-    matrix: Array = (encoder.weight.detach() / scale).numpy()
-    return AutoEncoder(matrix, encoder.bias.detach().numpy(), best / variance)
+        torch.nn.init.orthogonal_(encoder.weight)
+        with torch.no_grad():
+            decoder.weight.copy_(encoder.weight.T)
+            decoder.bias.copy_(-(decoder.weight @ encoder.bias))
+        unexplained = _train(encoder, decoder, *scaled)
+    matrix: Array = encoder.weight.detach().numpy()
+    return AutoEncoder(matrix, encoder.bias.detach().numpy(), unexplained)
 
 
 def mutual_information(x: Float64, y: Float64, neighbours: int = 3) -> float:
@@ -238,23 +248,33 @@ def _with_length(vector: Array, length: float) -> Array:
 
 
 def _train(encoder: torch.nn.Linear, decoder: torch.nn.Linear, train: torch.Tensor, held_out: torch.Tensor) -> float:
-    """Leaves the best weights in place, and returns their squared error on the held-out states."""
+    """Leaves the best weights in place, and returns their squared error on the held-out states as a share of the
+    variance.
+    """
     modules = torch.nn.Sequential(encoder, decoder)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=LEARNING_RATE)
-    best, state, waited = float("inf"), modules.state_dict(), 0
-    for _ in range(EPOCHS):
-        for batch in torch.split(train[torch.randperm(len(train))], BATCH):
-            optimizer.zero_grad()
-            loss = (batch - modules(batch)).square().sum(1).mean()
-            loss.backward()
-            optimizer.step()
+    variance = held_out.square().sum().item()
+
+    def lost() -> float:
         with torch.no_grad():
-            error = float((held_out - modules(held_out)).square().sum())
-        waited = waited + 1 if error > 0.999 * best else 0
-        if error < best:
-            best, state = error, {name: value.clone() for name, value in modules.state_dict().items()}
-        if waited == PATIENCE:
-            break
+            return (held_out - modules(held_out)).square().sum().item() / variance
+
+    best, found_at, step = lost(), 0, 0
+    state = {name: value.clone() for name, value in modules.state_dict().items()}
+    batches: Iterator[torch.Tensor] = iter(())
+    while step < STEPS and best > EXACT and (step < LEAST or step - found_at < PATIENCE):
+        batch = next(batches, None)
+        if batch is None:
+            batches = iter(torch.split(train[torch.randperm(len(train))], BATCH))
+            continue
+        optimizer.zero_grad()
+        loss = (batch - modules(batch)).square().sum(1).mean()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step % CHECK_EVERY == 0 and (error := lost()) < 0.999 * best:
+            best, found_at = error, step
+            state = {name: value.clone() for name, value in modules.state_dict().items()}
     modules.load_state_dict(state)
     return best
 

@@ -78,9 +78,9 @@ class Recipe:
     """How an edit's operand is made of an artifact's tensors.
 
     `vector`: as it is. `projection`: a rank-1 encoder and decoder of the unit vector. `mask`: zeros [width] with the
-    weights, or 1, at the indices. `map`: as it is. `bias`: a map's, as a vector. `features`: the `rows` of an SAE, its decoder's times `gains`.
-    `sum`: one vector, the sum of the decoder's `rows` times `gains`. Without `layers` it is made for every layer;
-    without `gains` they are 1.
+    weights, or 1, at the indices. `map`: as it is. `bias`: a map's, as a vector. `features`: the `rows` of an SAE, its
+    decoder's times `gains`. `sum`: one vector, the sum of the decoder's `rows` times `gains`. Without `layers` it is
+    made for every layer; without `gains` they are 1.
     """
 
     form: Form

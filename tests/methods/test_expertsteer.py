@@ -79,6 +79,25 @@ def test_the_encoder_reconstructs_states_in_their_own_units() -> None:
     assert ((rebuilt - fresh) ** 2).sum() / ((fresh - fresh.mean(0)) ** 2).sum() < 0.02
 
 
+def test_a_mean_far_from_zero_costs_the_encoder_nothing_and_a_direction_keeps_its_length() -> None:
+    """Real states share most of their length: with 150 texts, the error on new ones must be that of what doesn't fit
+    through, not that of a mean which training had no time to learn.
+    """
+    rng = np.random.default_rng(0)
+    scales = np.linspace(3, 0.1, 40)
+    states = (rng.standard_normal((300, 40)) * scales + 200 * rng.standard_normal(40)).astype(np.float32)
+    encoder = expertsteer.auto_encoder(states[:150], 30, 0)
+    lost = np.sort(scales**2)[:10].sum() / (scales**2).sum()
+    assert encoder.unexplained < 0.05 + 2 * lost
+    coded, fresh = states[:150] @ encoder.matrix.T, states[150:]
+    centred = np.linalg.pinv(coded - coded.mean(0)) @ (states[:150] - states[:150].mean(0))
+    rebuilt = (fresh @ encoder.matrix.T - coded.mean(0)) @ centred + states[:150].mean(0)
+    assert ((rebuilt - fresh) ** 2).sum() / ((fresh - fresh.mean(0)) ** 2).sum() < 0.1
+    directions = np.eye(40, dtype=np.float32)
+    lengths = np.linalg.norm(directions @ encoder.matrix.T, axis=1)
+    assert 0.5 < np.median(lengths) < 1.5
+
+
 def models(
     texts: int = 120, expert: int = 10, target: int = 6, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
