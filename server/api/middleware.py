@@ -18,8 +18,13 @@ from server.api.admission import Load
 from server.api.errors import ApiError, error_response
 
 STEERABLE = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/activations", "/invocations"})
-MULTIPART = b"multipart/form-data"
-NDJSON = b"application/x-ndjson"
+STREAMED = (
+    ("POST", re.compile(r"/v1/artifacts/[^/]+/versions"), b"multipart/form-data"),
+    ("PUT", re.compile(r"/v1/kb/collections/[^/]+/facts"), b"application/x-ndjson"),
+)
+"""What routes read piece by piece, within bounds of their own. Any other route would take such a body into memory,
+however long it is, and may take it for the JSON that it expects.
+"""
 MAX_DEPTH = 100
 """Of arrays and objects in one another: far from where Python's own parser gives up."""
 # Atomic, so that no text makes it look twice at anything; one without an end lasts to the end.
@@ -140,9 +145,10 @@ def refuse_steering(path: str, body: bytes) -> None:
 
 def _is_streamed(scope: Scope) -> bool:
     kind = dict(scope["headers"]).get(b"content-type", b"").lower()
-    # Any other route might take such a body for the JSON that it expects.
-    facts = scope["method"] == "PUT" and scope["path"].startswith("/v1/kb/collections/")
-    return kind.startswith(MULTIPART) or (facts and kind.startswith(NDJSON))
+    return any(
+        scope["method"] == method and path.fullmatch(scope["path"]) and kind.startswith(streamed)
+        for method, path, streamed in STREAMED
+    )
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -127,6 +127,25 @@ def test_multipart_is_left_to_its_route_as_it_comes(client: Client, kind: str) -
     assert client.reached[:2] == messages
 
 
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/x-ndjson", "text/plain"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/fits"),
+        ("PUT", "/v1/artifacts/a/aliases/b"),
+        ("POST", "/v1/artifacts/a/versions/1/yank"),
+        ("PUT", "/v1/kb/collections/a"),
+        ("POST", "/v1/kb/collections/a/facts/query"),
+        ("POST", "/v1/kb/collections/a/facts"),
+    ],
+)
+def test_no_kind_of_body_is_a_way_around_the_limit(client: Client, method: str, path: str, kind: str) -> None:
+    client.call(body(*[b"x" * 500] * 50), path=path, method=method, headers={"Content-Type": kind})
+    assert (client.status, client.reached) == (413, [])
+    assert client.pulled <= 1 + LIMIT // 500
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/invocations"])
 def test_steering_passes_where_it_is_applied(client: Client, path: str) -> None:
     client.call(body(b'{"steering": {}}'), path=path)
