@@ -10,11 +10,15 @@ many heads drawn at random; `fixed` adds SADI's masked mean difference to the sa
 of one layer's residual stream (methods/caa.py).
 
 The data folder has tasks/truthfulqa (TruthfulQA, Lin et al. 2022, Apache-2.0; is an answer true, yes or no?),
-steering/caa (contrastive A/B pairs of Rimsky et al. 2024, MIT;
+tasks/boolq (BoolQ, Clark et al. 2019, CC-BY-SA-3.0), steering/caa (contrastive A/B pairs of Rimsky et al. 2024, MIT;
 the wished answer is the one that shows the behaviour) and steering/sentiment_cad (film reviews of Kaushik et al. 2020,
 Apache-2.0).
 
-    POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/sadi_effect.py --model polyhelm-data/models/smollm2
+BoolQ's rows here all have the answer yes. So `boolq` reports the margin between yes and no, in nats, rather than a
+share, and a push towards yes is all that it can show: what counts is the difference from the random mask and the fixed
+vector. `boolq-checked` asks in turn whether yes, and whether no, is the right answer, which such a push doesn't help.
+
+    POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/sadi_effect.py --model polyhelm-data/models/smollm2 --work WORK
 """
 
 from __future__ import annotations
@@ -41,9 +45,9 @@ from server.engine.spans import Span
 
 ARMS = ("none", "sadi", "random", "fixed", "caa")
 TOP_K = (2, 10)
-STRENGTHS = (1.0, 4.0, 9.0)
+STRENGTHS = (1.0, 4.0, 9.0, 29.0)
 LAYERS = (8, 14, 20)
-CAA_STRENGTHS = (1.0, 3.0)
+CAA_STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 SEED = 0
 LAST_TOKEN = Span(prompt=False, generation=False, prompt_positions=(-1,))
 
@@ -66,7 +70,10 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
+    """`by_margin`: scored by how much likelier the wished answer is, in nats, instead of whether it is."""
+
     name: str
+    by_margin: bool
     fit: list[Question]
     tune: list[Question]
     test: list[Question]
@@ -82,6 +89,23 @@ def truth(data: Path) -> list[Question]:
         asked.append(
             Question(f"Question: {row['question']}\nAnswer: {answer}\nIs this answer true, yes or no?", *words)
         )
+    return asked
+
+
+def boolq(data: Path, checked: bool) -> list[Question]:
+    """As they are, or checked: whether yes, and whether no, is the right answer, in turn."""
+    asked = []
+    for index, line in enumerate((data / "tasks/boolq/boolq_head600.jsonl").read_text("utf-8").splitlines()):
+        row = json.loads(line)
+        prompt = f"{row['passage']}\nQuestion: {row['question']}?\n"
+        if checked:
+            proposed = index % 2 == 0
+            prompt += f"Answer: {'yes' if proposed else 'no'}\nIs this answer right, yes or no?"
+            right = proposed == row["answer"]
+        else:
+            prompt += "Answer, yes or no:"
+            right = row["answer"]
+        asked.append(Question(prompt, *((" yes", " no") if right else (" no", " yes"))))
     return asked
 
 
@@ -101,12 +125,13 @@ def sentiment(data: Path) -> list[Question]:
 
 
 def split(name: str, questions: list[Question], fit: int, tune: int, test: int) -> Task:
-    """The shortest ones, shuffled once."""
+    """The shortest ones, shuffled once; where there are too few, all parts are smaller alike."""
+    share = min(1.0, len(questions) / (fit + tune + test))
+    fit, tune, test = (int(size * share) for size in (fit, tune, test))
     short = sorted(questions, key=lambda each: len(each.prompt))[: fit + tune + test]
     random.Random(SEED).shuffle(short)
-    if len({each.right for each in short}) < 2:
-        raise ValueError(f"{name}: one answer is always right, which a bias would be enough for")
-    return Task(name, short[:fit], short[fit : fit + tune], short[fit + tune : fit + tune + test])
+    by_margin = len({each.right for each in short}) < 2
+    return Task(name, by_margin, short[:fit], short[fit : fit + tune], short[fit + tune : fit + tune + test])
 
 
 def settings() -> list[Setting]:
@@ -167,10 +192,10 @@ def _mask(indices: np.ndarray, width: int) -> np.ndarray:
 def answers(
     model: LocalModel, task: str, asked: list[Question], wanted: list[Setting], layers: dict[str, tuple[int, ...]]
 ) -> dict[Setting, np.ndarray]:
-    """Whether each question is answered as wished, in each setting. The first setting leaves the prompts in the prefix
-    cache for the others.
+    """How much likelier the wished answer to each question is, in nats, in each setting. The first setting leaves the
+    prompts in the prefix cache for the others.
     """
-    words = sorted({asked[0].right, asked[0].wrong})
+    words = sorted([asked[0].right, asked[0].wrong])
     tokens = [model.encode(word, special=False)[0] for word in words]
     if len(set(tokens)) < 2:
         raise ValueError(f"{words} begin with the same token")
@@ -180,7 +205,7 @@ def answers(
     for setting in wanted:
         program = edits(setting, task, layers)
         logits = model.next_logits([(prompt, program) for prompt in prompts], tokens)
-        found[setting] = logits[np.arange(len(asked)), right] > logits[np.arange(len(asked)), 1 - right]
+        found[setting] = logits[np.arange(len(asked)), right] - logits[np.arange(len(asked)), 1 - right]
     return found
 
 
@@ -188,14 +213,16 @@ def run_task(model: LocalModel, task: Task, heads: int) -> dict[str, Any]:
     started = time.monotonic()
     layers, chosen = fit(model, task, heads)
     fitted = time.monotonic() - started
-    tuned = answers(model, task.name, task.tune, settings(), layers)
+    margins = answers(model, task.name, task.tune, settings(), layers)
+    tuned = {setting: _scored(each, task) for setting, each in margins.items()}
     best = {arm: max((s for s in tuned if s.arm == arm), key=lambda s: float(tuned[s].mean())) for arm in ARMS}
     reported = answers(model, task.name, task.test, list(best.values()), layers)
-    found = {arm: reported[best[arm]] for arm in ARMS}
+    found = {arm: _scored(reported[best[arm]], task) for arm in ARMS}
     commonest = max(float(np.mean([q.right == word for q in task.test])) for word in {q.right for q in task.test})
     return {
         "questions": {"fit": len(task.fit), "tune": len(task.tune), "test": len(task.test)},
         "majority": commonest,
+        "by_margin": task.by_margin,
         "fit_seconds": fitted,
         "sadi": chosen,
         "tune": [{**each._asdict(), "accuracy": float(right.mean())} for each, right in tuned.items()],
@@ -209,17 +236,29 @@ def run_task(model: LocalModel, task: Task, heads: int) -> dict[str, Any]:
     }
 
 
+def _scored(margins: np.ndarray, task: Task) -> np.ndarray:
+    scores: np.ndarray = margins if task.by_margin else (margins > 0).astype(float)
+    return scores
+
+
 def measure(options: argparse.Namespace) -> None:
-    """Publishes after every task."""
+    """Publishes after every task, and goes on behind the last one that was done with the same numbers of questions."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    done = options.work / f"sadi_effect.{options.fit}.{options.tune}.{options.test}.json"
+    found: dict[str, Any] = json.loads(done.read_text("utf-8")) if done.exists() else {}
     tasks = {
         "truthfulqa": lambda: truth(options.data),
         options.behaviour: lambda: behaviour(options.data, options.behaviour),
         "sentiment": lambda: sentiment(options.data),
+        "boolq": lambda: boolq(options.data, checked=False),
+        "boolq-checked": lambda: boolq(options.data, checked=True),
     }
     heads = int(json.loads((options.model / "config.json").read_text("utf-8"))["num_attention_heads"])
-    model, found = LocalModel(options.model, ("head_out",), 1024, 768), {}
+    model = LocalModel(options.model, ("head_out",), 1024, 768)
     for name, load in tasks.items():
-        found[name] = run_task(model, split(name, load(), options.fit, options.tune, options.test), heads)
+        if name not in found:
+            found[name] = run_task(model, split(name, load(), options.fit, options.tune, options.test), heads)
+            done.write_text(json.dumps(found), "utf-8")
         shown = {arm: round(row["accuracy"], 3) for arm, row in found[name]["arms"].items()}
         print(name, shown, f"{found[name]['seconds']:.0f} s", flush=True)
         results = {"model": options.model.name, "tasks": found, "environment": environment()}
@@ -230,26 +269,32 @@ def section(results: dict[str, Any]) -> str:
     def minus(task: dict[str, Any], method: str, arm: str) -> str:
         if arm == method:
             return ""
-        each = task[f"{method}_minus"][arm]
-        return f"{each['difference']:+.1%} ({each['low']:+.1%} to {each['high']:+.1%})"
+        each, form = task[f"{method}_minus"][arm], "+.3f" if task["by_margin"] else "+.1%"
+        difference, low, high = (format(each[name], form) for name in ("difference", "low", "high"))
+        return f"{difference} ({low} to {high})"
 
     parts = []
     for name, task in results["tasks"].items():
-        table = []
+        table, score = [], ".3f" if task["by_margin"] else ".1%"
         for arm, row in task["arms"].items():
             place = f"layer {row['place']}" if arm == "caa" else f"{row['place']} heads"
             chosen = "" if arm == "none" else f"{place}, {row['strength']:g}"
             table.append(
-                f"| {arm} | {chosen} | {row['tuned']:.1%} | {row['accuracy']:.1%} | {minus(task, 'sadi', arm)} "
-                f"| {minus(task, 'caa', arm)} |"
+                f"| {arm} | {chosen} | {format(row['tuned'], score)} | {format(row['accuracy'], score)} "
+                f"| {minus(task, 'sadi', arm)} | {minus(task, 'caa', arm)} |"
             )
         counts = task["questions"]
         tried = {arm: [row["accuracy"] for row in task["tune"] if row["arm"] == arm] for arm in ("sadi", "caa")}
         worse = {arm: sum(each < task["arms"]["none"]["tuned"] for each in tried[arm]) for arm in tried}
+        measured = (
+            "All have the same wished answer: the table has by how many nats it is likelier, and a push towards it is "
+            "all that is measured."
+            if task["by_margin"]
+            else f"The commoner answer is the wished one for {task['majority']:.1%} of these."
+        )
         parts.append(f"""### {name}
 
-{counts["fit"]} questions to fit, {counts["tune"]} to tune, {counts["test"]} to test; the commoner answer is the wished
-one for {task["majority"]:.1%} of these.
+{counts["fit"]} questions to fit, {counts["tune"]} to tune, {counts["test"]} to test. {measured}
 
 | arm | chosen: place, strength | wished, tuning | wished, test | SADI minus it (95% interval) | CAA minus it |
 |---|---|---:|---:|---:|---:|
@@ -274,10 +319,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("POLYHELM_BENCH_DATA", "data")))
+    parser.add_argument("--work", type=Path, required=True, help="a folder to keep finished tasks in")
     parser.add_argument("--behaviour", default="survival-instinct", help="a data set of steering/caa")
-    parser.add_argument("--fit", type=int, default=50, help="questions per task to fit on")
-    parser.add_argument("--tune", type=int, default=50, help="others, to choose place and strength on")
-    parser.add_argument("--test", type=int, default=160, help="others, at most, to report on")
+    parser.add_argument("--fit", type=int, default=150, help="questions per task to fit on")
+    parser.add_argument("--tune", type=int, default=200, help="others, to choose place and strength on")
+    parser.add_argument("--test", type=int, default=250, help="others, at most, to report on")
     measure(parser.parse_args())
 
 
