@@ -18,6 +18,7 @@ _MIN_TRAINING = 39
 """Vectors per list below which FAISS warns that k-means has too little to go by."""
 
 
+_THREADS = faiss.omp_get_max_threads()
 _FEW = 256
 """Dead vectors that are never worth making an index anew."""
 
@@ -38,6 +39,8 @@ class IndexOptions:
     """Share of facts changed since the last snapshot at which another one is kept."""
     snapshot_from: int = 10_000
     """Smaller indexes aren't kept unasked: making them takes no time."""
+    threads: int = 4
+    """At most, and no more than OpenMP has: making an index must leave cores to the requests of that time."""
 
     def kind_for(self, facts: int) -> Literal["flat", "hnsw", "ivf"]:
         if self.kind != "auto":
@@ -74,6 +77,7 @@ class VectorIndex:
         cls, dimension: int, options: IndexOptions, numbers: np.ndarray, seqs: np.ndarray, vectors: np.ndarray
     ) -> VectorIndex:
         """An index of the kind that this many facts need. `vectors` is float32 [facts, dimension]."""
+        _limit_threads(options)
         index = cls(dimension, options, _made(options, dimension, vectors))
         index.put(numbers, seqs, vectors)
         return index
@@ -162,6 +166,7 @@ class VectorIndex:
     def _search(
         self, queries: np.ndarray, k: int, bits: np.ndarray | None, *, exact: bool
     ) -> tuple[np.ndarray, np.ndarray]:
+        _limit_threads(self.options)
         selector = None
         if bits is not None:
             packed = np.packbits(bits, bitorder="little")
@@ -187,6 +192,11 @@ class VectorIndex:
             grown = np.full(max(size, 2 * len(self._position)), -1, np.int64)
             grown[: len(self._position)] = self._position
             self._position = grown
+
+
+def _limit_threads(options: IndexOptions) -> None:
+    """Of what this very thread calls; OpenMP keeps the number for each."""
+    faiss.omp_set_num_threads(max(1, min(options.threads, _THREADS)))
 
 
 def _made(options: IndexOptions, dimension: int, vectors: np.ndarray) -> Any:

@@ -1,4 +1,4 @@
-"""A lock that many threads may hold to read, or one to write."""
+"""A lock that many threads may hold to read, or one to write; and turns, in which some go first."""
 
 from __future__ import annotations
 
@@ -42,4 +42,30 @@ class ReadWriteLock:
         finally:
             with self._changed:
                 self._writing = False
+                self._changed.notify_all()
+
+
+class Turns:
+    """One thread at a time. Those that go first wait only for the turn under way, the others for all of those."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken = False
+        self.waiting = {True: 0, False: 0}
+        """How many wait, of those that go first and of the others."""
+
+    @contextmanager
+    def taken(self, *, first: bool) -> Iterator[None]:
+        with self._changed:
+            self.waiting[first] += 1
+            try:
+                self._changed.wait_for(lambda: not self._taken and (first or not self.waiting[True]))
+            finally:
+                self.waiting[first] -= 1
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken = False
                 self._changed.notify_all()

@@ -42,6 +42,7 @@ CREATE TABLE IF NOT EXISTS kb_facts (
 CREATE INDEX IF NOT EXISTS kb_facts_content ON kb_facts (collection, content_hash) WHERE NOT deleted;
 CREATE INDEX IF NOT EXISTS kb_facts_key ON kb_facts (collection, key_hash) WHERE NOT deleted;
 CREATE INDEX IF NOT EXISTS kb_facts_subject ON kb_facts (collection, md5(subject)) WHERE NOT deleted;
+CREATE INDEX IF NOT EXISTS kb_facts_language ON kb_facts (collection, language) WHERE NOT deleted;
 CREATE TABLE IF NOT EXISTS kb_revisions (
     collection bigint NOT NULL REFERENCES kb_collections ON DELETE CASCADE, id text NOT NULL, version integer NOT NULL,
     fact jsonb NOT NULL, PRIMARY KEY (collection, id, version)

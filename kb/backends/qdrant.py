@@ -64,7 +64,7 @@ class QdrantCatalog:
             _ensure(self.client, _of(info), encoder.dimension)
             _ensure(self.client, _past(info), None)
             if not self.local:
-                for field in ("id", "content_hash", "key_hash", "subject"):
+                for field in ("id", "content_hash", "key_hash", "subject", "language"):
                     self.client.create_payload_index(_of(info), field, models.PayloadSchemaType.KEYWORD, wait=True)
             payload = {**info._asdict(), "encoder": list(encoder), "created_at": info.created_at.isoformat()}
             entry = models.PointStruct(id=point_id(name), vector={}, payload=payload)

@@ -8,7 +8,6 @@ questions with questions.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,11 +16,14 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from kb.encoders.base import EncoderIdentity, UnknownEncoder, check_texts, digest_of
+from kb.locks import Turns
 
 DIMENSION: Final = 384
 MAX_CHARACTERS: Final = 8192
 """Of a text, what is read; the model itself was trained on 512 tokens."""
 BATCH: Final = 64
+DOCUMENTS: Final = 16
+"""Documents of one batch: a query waits for no more than these."""
 
 
 class Prefixes(NamedTuple):
@@ -47,24 +49,24 @@ class EmbeddedE5:
         return EncoderIdentity(self.name, DIMENSION, digest_of(settings, _weights_hash()))
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self._encode(texts, self.prefixes.query)
+        return self._encode(texts, self.prefixes.query, BATCH, first=True)
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        return self._encode(texts, self.prefixes.document)
+        return self._encode(texts, self.prefixes.document, DOCUMENTS, first=False)
 
-    def _encode(self, texts: Sequence[str], prefix: str) -> np.ndarray:
+    def _encode(self, texts: Sequence[str], prefix: str, batch: int, *, first: bool) -> np.ndarray:
         # A NUL would end the text in C.
         cleaned = [text[:MAX_CHARACTERS].replace("\0", " ") for text in check_texts(texts)]
         rows = np.empty((len(cleaned), DIMENSION), np.float32)
-        for start in range(0, len(cleaned), BATCH):
-            part = cleaned[start : start + BATCH]
+        for start in range(0, len(cleaned), batch):
+            part = cleaned[start : start + batch]
             # It uses all cores for one call, so that calls at the same time would only hold each other up.
-            with _lock:
+            with _turns.taken(first=first):
                 rows[start : start + len(part)] = _model().encode(part, is_query=prefix == "query")
         return rows
 
 
-_lock = threading.Lock()
+_turns = Turns()
 
 
 @cache

@@ -6,9 +6,11 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from kb import snapshots
 from kb.backends.sqlite.facts import SqliteFacts
 from kb.collection import Collection
 from kb.facts import FactDraft
+from kb.filters import Filter
 from kb.index import IndexOptions, VectorIndex
 from kb.knowledge_base import KnowledgeBase
 from tests.kb.ngrams import Ngrams
@@ -252,3 +255,37 @@ def test_searches_go_on_while_facts_change(reopen: Open) -> None:
     live_index(collection).settle()
     assert wrong == []
     assert ids(collection) == {fact.id for fact in collection.facts(limit=1000).facts}
+
+
+def test_an_index_takes_no_more_threads_than_it_may() -> None:
+    numbers = np.arange(50)
+    told = []
+
+    def work() -> None:
+        index = VectorIndex.build(DIMENSION, IndexOptions(threads=1), numbers, numbers, unit(50))
+        told.append(faiss.omp_get_max_threads())
+        faiss.omp_set_num_threads(2)
+        index.search(unit(1), 1)
+        told.append(faiss.omp_get_max_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert told == [1, 1]
+
+
+def test_a_filter_by_language_reads_the_index_of_languages_only(tmp_path: Path) -> None:
+    base = KnowledgeBase.open(tmp_path)
+    collection, _ = base.create("facts", Ngrams().identity)
+    store = collection._store
+    assert isinstance(store, SqliteFacts)
+    statements: list[str] = []
+    with store._db.connection() as db:
+        db.set_trace_callback(statements.append)
+    store._numbers(Filter(language=["de", "en"]), datetime.now(UTC))
+    with store._db.connection() as db:
+        db.set_trace_callback(None)
+        (statement,) = (each for each in statements if each.startswith("SELECT key FROM facts"))
+        plan = " ".join(row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {statement}"))
+    assert "USING COVERING INDEX facts_by_language (collection=? AND language=?" in plan, plan
+    base.close()

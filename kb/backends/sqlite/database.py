@@ -100,8 +100,13 @@ def m001_collections_and_facts(db: sqlite3.Connection) -> None:
     )
 
 
+def m002_facts_by_language(db: sqlite3.Connection) -> None:
+    # All that a search for the facts in a language reads, so that it needn't touch the facts of the others.
+    db.execute("CREATE INDEX facts_by_language ON facts (collection, language, deleted, valid_from, valid_to)")
+
+
 Migrations = tuple[Callable[[sqlite3.Connection], None], ...]
-MIGRATIONS: Migrations = (m001_collections_and_facts,)
+MIGRATIONS: Migrations = (m001_collections_and_facts, m002_facts_by_language)
 
 
 class Database:
