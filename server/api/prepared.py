@@ -45,8 +45,8 @@ class Prepared:
     own; `numbers` has each one's number in the request, where a preset counts once. `operands` has a loader for each
     bank key that the program reads. `applied` and `versions` have one item per intervention; `digests` are those of all
     artifacts that were resolved. `language` is the one that a preset's interventions were chosen by. `doses`
-    has the relative doses of the edits, where there are such, once `Doses.check` has run. `clean` keeps frozen mode's
-    operands while the request lives.
+    has the relative doses of the edits, where there are such, once `Doses.check` has run; `gains` has what the rows of
+    an operand were multiplied by, where they were. `clean` keeps frozen mode's operands while the request lives.
     """
 
     program: Program
@@ -60,6 +60,7 @@ class Prepared:
     frozen_sites: tuple[Site, ...] = ()
     language: Chosen | None = None
     doses: dict[Edit, float] = field(default_factory=dict)
+    gains: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     clean: tuple[Operand, ...] = ()
     receipt: str = field(default_factory=lambda: uuid.uuid4().hex)
     life: Life = field(default_factory=Life)

@@ -12,9 +12,10 @@ class AppliedEdit(BaseModel):
 
     `tokens_touched` was counted by the op, over all choices and prompts of the request, at the site where it was the
     least; for a gate it counts the tokens at which the gate was read. `tokens_from_cache` are tokens of the span that
-    the prefix cache already held, edited in just this way by an earlier request. `relative_dose` is, of an add, the
-    largest `|strength| * ||v|| / ||h||` over the layers, with the mean activation norm `||h||` of the data that the
-    artifact was fitted on, and of an add_norm `|strength|`; null where it is undefined, or the artifact has no norms.
+    the prefix cache already held, edited in just this way by an earlier request. `relative_dose` is the largest over
+    the layers of what doses.py defines, such as `|strength| * ||v|| / ||h||` of an add, with the mean activation norm
+    `||h||` of the data that the artifact was fitted on; null for a map, a renorm and a gate, and where the artifact has
+    no norms and they matter.
     """
 
     opcode: str

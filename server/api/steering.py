@@ -43,6 +43,7 @@ class _Draft:
     versions: list[ArtifactVersion] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     digests: set[str] = field(default_factory=set)
+    gains: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,6 +101,7 @@ class Steerer:
             steering,
             sites,
             language=language.chosen,
+            gains=draft.gains,
         )
 
     def _too_many(self, what: str) -> ApiError:
@@ -138,6 +140,8 @@ class Steerer:
             if piece.recipe is not None:
                 key = piece.recipe.key(version.digest)
                 draft.operands.setdefault(key, self._loader(version, piece.recipe))
+                if piece.recipe.gains is not None:
+                    draft.gains[key] = piece.recipe.gains
             edit = Edit(piece.opcode, key, layers, piece.strength, span, manifest.point, piece.function, gate=gate)
             draft.edits.append(edit)
         draft.owners += [owner] * (len(draft.edits) - len(draft.owners))

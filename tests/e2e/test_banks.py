@@ -1,4 +1,4 @@
-"""More artifacts than the device has room for, on a server whose bank holds four."""
+"""More artifacts than the device has room for, on a server whose bank holds four; and its limit of doses."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ ROOM = 4
 BANK_BYTES = 4 * ((ROOM - 1) * (LAYERS + 1) * WIDTH + OPERAND)
 """Each operand begins at a whole row."""
 WAIT_SECONDS = 20
+MAX_DOSE = 1.0
+"""At strength 2.5 a vector's is about 0.75 here."""
 NAMES = [f"bank-{index}" for index in range(10)]
 
 
@@ -36,7 +38,8 @@ def tiny(start_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("tiny") / "data"
     # In float32 a batch gives the text that each request gives alone.
     options = ("--bank-bytes", str(BANK_BYTES), "--dtype", "float32", "--max-num-seqs", "8")
-    with start_server(folder, *options, POLYHELM_BANK_WAIT_SECONDS=str(WAIT_SECONDS)) as server:
+    limits = {"POLYHELM_BANK_WAIT_SECONDS": str(WAIT_SECONDS), "POLYHELM_MAX_RELATIVE_DOSE": str(MAX_DOSE)}
+    with start_server(folder, *options, **limits) as server:
         for seed, name in enumerate(NAMES):
             publish(server, name, seed)
         yield server
@@ -109,6 +112,28 @@ def test_several_choices_and_prompts_hold_what_they_need(tiny: Server) -> None:
     answers = together(ROOM + 2, ask)
     assert [len(answer["choices"]) for answer in answers] == [4] * (ROOM + 2)
     assert_nothing_is_held(tiny)
+
+
+def test_the_servers_own_limit_of_doses_holds_for_every_request(tiny: Server) -> None:
+    assert tiny.capabilities["limits"]["max_relative_dose"] == MAX_DOSE
+    for interventions, words in [
+        ([{"artifact": NAMES[0], "strength": 5.0}], "above max_relative_dose, 1;"),
+        ([{"artifact": name, "strength": 2.0} for name in NAMES[:2]], "in all at resid_post.1"),
+        ([{"artifact": NAMES[0], "op": "clamp", "value": 200.0, "strength": 1.0}], "above max_relative_dose, 1;"),
+    ]:
+        response = tiny.ask(*interventions)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"].split(".")[-1]) == (400, "strength")
+        assert words in error["message"]
+    raised = tiny.client.post(
+        "/v1/completions",
+        json={
+            "model": tiny.model,
+            "prompt": "A",
+            "steering": {"interventions": [steering(NAMES[0])], "max_relative_dose": MAX_DOSE + 1},
+        },
+    )
+    assert (raised.status_code, raised.json()["error"]["param"]) == (422, "steering.max_relative_dose")
 
 
 def test_request_that_never_fits_is_400_with_both_numbers(tiny: Server) -> None:

@@ -184,8 +184,8 @@ def test_every_op_steers_completions_and_chats_and_says_so(
             assert applied["tokens_touched"] > 0
         else:
             assert touched == tokens
-        adds = set(opcodes) & {"add", "add_norm"}
-        assert (applied["relative_dose"] is not None) == bool(adds)
+        for edit in applied["edits"]:
+            assert (edit["relative_dose"] is None) == (edit["opcode"] in ("map", "renorm", "gate"))
 
 
 @pytest.mark.parametrize(
