@@ -6,7 +6,8 @@ acknowledged. Then, one after the other: kill -9 of the worker, of the engine co
 tmpfs of 512 MiB for all data, where this may be mounted); a store that is read-only (a bind mount);
 databases that another process locks; a corrupt blob; a clock that jumps an hour ahead and back (given --faketime, the
 library libfaketime.so.1). After each fault the server must become ready by itself, answer as before, and know all that
-it has ever acknowledged. Writes results/faults.json; exits with 1 where that isn't so.
+it has ever acknowledged, as it was acknowledged; and until then nobody may get another status than the fault explains.
+Writes results/faults.json; exits with 1 where that isn't so.
 
     .venv/bin/python benchmarks/faults.py --data-dir FOLDER --models polyhelm-data/models [--faketime libfaketime.so.1]
 """
@@ -26,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
@@ -38,6 +39,29 @@ COLLECTION, ALIAS = "/v1/kb/collections/faults", "/v1/artifacts/first/aliases/li
 PROMPT, TOKENS = "The weather today is", 16
 FAULT_SECONDS, READY_SECONDS = 6.0, 180.0
 CLIENTS = 4
+GONE = {"ConnectError", "ReadError", "RemoteProtocolError"}
+"""What clients see of a server that isn't there, or ends in the middle."""
+
+
+class Outcome(NamedTuple):
+    """What may be answered while a fault lasts, and what must be seen of it."""
+
+    completions: set[str]
+    writes: set[str]
+    must: set[str] = set()
+    """Of both together, one at least."""
+
+
+DIES = Outcome({"200", "500", *GONE}, {"200", "201", *GONE}, GONE)
+OUTCOMES = {
+    "kill -9 of the worker": DIES,
+    "kill -9 of the engine core": DIES,
+    "kill -9 of the API process": DIES,
+    "full disk": Outcome({"200", "507"}, {"200", "201", "507"}, {"507"}),
+    "read-only store": Outcome({"200"}, {"200", "201", "503"}, {"503"}),
+    "locked databases": Outcome({"200"}, {"200", "201", "503"}),
+    "clock an hour ahead, and back": Outcome({"200"}, {"200", "201"}),
+}
 
 
 class Supervisor:
@@ -88,16 +112,18 @@ class Supervisor:
 
 
 class Load:
-    """Clients that never stop. `acknowledged` is what the server has said is written."""
+    """Clients that never stop. `facts` (id to text), `artifacts` (name to digest) and `moves` of the alias (numbers, in
+    order) are what the server has said is written.
+    """
 
     def __init__(self, url: str, model: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=60, trust_env=False)
         self._model = model
         self.asked: Counter[str] = Counter()
         self.written: Counter[str] = Counter()
-        self.facts: set[str] = set()
-        self.artifacts: set[str] = set()
-        self.alias = 0
+        self.facts: dict[str, str] = {}
+        self.artifacts: dict[str, str] = {}
+        self.moves: list[int] = []
         self._ending = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(CLIENTS)]
         self._threads.append(threading.Thread(target=self._write, daemon=True))
@@ -110,15 +136,16 @@ class Load:
             body["steering"] = {"interventions": [{"artifact": "first@1", "strength": strength}]}
         return self._client.post("/v1/completions", json=body)
 
-    def counted(self, counter: Counter[str], ask: Callable[[], httpx.Response]) -> int:
+    def counted(self, counter: Counter[str], ask: Callable[[], httpx.Response]) -> Any:
+        """The body of an answer of 200 or 201; else None."""
         try:
-            status = ask().status_code
-            counter[str(status)] += 1
+            answer = ask()
         except httpx.HTTPError as error:
-            status = 0
             counter[type(error).__name__] += 1
             time.sleep(0.2)
-        return status
+            return None
+        counter[str(answer.status_code)] += 1
+        return answer.json() if answer.status_code in (200, 201) else None
 
     def _ask(self, number: int) -> None:
         while not self._ending.is_set():
@@ -129,15 +156,16 @@ class Load:
         while not self._ending.is_set():
             number += 1
             fact = {"id": f"f{number}", "text": f"fact {number}", "embedding": [1.0, number / 1000, 0.5, 0.25]}
-            if self.counted(self.written, lambda f=fact: self._client.put(f"{COLLECTION}/facts", json=[f])) == 200:
-                self.facts.add(f"f{number}")
+            if self.counted(self.written, lambda f=fact: self._client.put(f"{COLLECTION}/facts", json=[f])):
+                self.facts[f"f{number}"] = f"fact {number}"
             if number % 5 == 0:
                 name = f"made-{number}"
-                if self.counted(self.written, lambda n=name: self._publish(n)) in (200, 201):
-                    self.artifacts.add(name)
-                target = {"version": 1, "reason": str(number)}
-                if self.counted(self.written, lambda t=target: self._client.put(ALIAS, json=t)) == 200:
-                    self.alias = number
+                if published := self.counted(self.written, lambda n=name: self._publish(n)):
+                    self.artifacts[name] = published["digest"]
+                target = {"version": 1 + number // 5 % 2, "reason": str(number)}
+                # Where it points there already, the answer is the move that did it.
+                if moved := self.counted(self.written, lambda t=target: self._client.put(ALIAS, json=t)):
+                    self.moves.append(int(moved["reason"]))
             time.sleep(0.05)
 
     def _publish(self, name: str) -> httpx.Response:
@@ -147,13 +175,20 @@ class Load:
             raise httpx.HTTPError(str(error)) from error
 
     def lost(self) -> list[str]:
-        """What was acknowledged and isn't there."""
-        paths = [f"{COLLECTION}/facts/{each}" for each in sorted(self.facts)]
-        paths += [f"/v1/artifacts/{each}/versions/1" for each in sorted(self.artifacts)]
-        gone = [each for each in paths if self._client.get(each).status_code != 200]
+        """What was acknowledged and isn't there, or isn't what it was."""
+        gone = []
+        for id, text in list(self.facts.items()):
+            found = self._client.get(f"{COLLECTION}/facts/{id}")
+            gone += [] if found.status_code == 200 and found.json()["text"] == text else [f"fact {id}"]
+        for name, digest in list(self.artifacts.items()):
+            found = self._client.get(f"/v1/artifacts/{name}/versions/1")
+            gone += [] if found.status_code == 200 and found.json()["digest"] == digest else [f"artifact {name}"]
+        acknowledged = list(self.moves)
         history = self._client.get("/v1/artifacts/first/history?alias=live").json()["data"]
-        moved = not self.alias or any(each["action"] == "set_alias" for each in history)
-        return [*gone, *([] if moved else ["alias live"])]
+        recorded = [int(each["reason"]) for each in history if each["action"] == "set_alias"]
+        gone += [f"move {each} of the alias" for each in acknowledged if each not in recorded]
+        points = int(self._client.get(ALIAS).json()["reason"]) if acknowledged else 0
+        return gone + (["the alias points back"] if acknowledged and points < acknowledged[-1] else [])
 
     def end(self) -> None:
         self._ending.set()
@@ -254,7 +289,7 @@ class Run:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for file in (*self.data.glob("artifacts/*.sqlite*"), *self.data.glob("kb/**/*.sqlite*")):
+            for file in self.data.rglob("*.sqlite*"):
                 if file.suffix.startswith(".sqlite") and "-" not in file.suffix:
                     db = sqlite3.connect(file, timeout=10, isolation_level=None)
                     stack.callback(db.close)
@@ -283,6 +318,7 @@ class Run:
         return {
             "status": refused.status_code,
             "message": refused.json()["error"]["message"],
+            "names_the_file": digest in refused.text,
             "others": load.completion(0.5).status_code,
         }
 
@@ -291,7 +327,8 @@ class Run:
         model = self.client.get("/v1/models").json()["data"][0]["id"]
         encoder = {"name": "given", "dimension": 4, "digest": "sha256:" + "1" * 64}
         self.client.put(COLLECTION, json={"encoder": encoder}).raise_for_status()
-        publish(self.client, "first", 10_000).raise_for_status()
+        for seed in (10_000, 10_002):
+            publish(self.client, "first", seed).raise_for_status()
         load = Load(self.url, model)
         expected = [load.completion(each).json()["choices"][0]["text"] for each in (None, 0.5)]
         time.sleep(2)
@@ -313,6 +350,7 @@ class Run:
                 "completions": during[0],
                 "writes": during[1],
                 "answers_as_before": right,
+                "unexplained": unexplained(name, *during),
                 "lost": load.lost(),
             }
             print(json.dumps(row), flush=True)
@@ -332,6 +370,15 @@ class Run:
         }
 
 
+def unexplained(fault: str, completions: dict[str, int], writes: dict[str, int]) -> list[str]:
+    """What was seen that the fault doesn't explain, or not seen that shows that it was there."""
+    outcome = OUTCOMES[fault]
+    found = [f"completions: {each}" for each in sorted(completions.keys() - outcome.completions)]
+    found += [f"writes: {each}" for each in sorted(writes.keys() - outcome.writes)]
+    seen = completions.keys() | writes.keys()
+    return found + (["the fault was not felt"] if outcome.must and not outcome.must & seen else [])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
@@ -347,8 +394,17 @@ def main() -> int:
     finally:
         run.close()
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    wrong = [row["fault"] for row in result["faults"] if row["lost"] or not row["answers_as_before"]]
-    return 1 if wrong or result["lost"] or result["corrupt_blob"]["others"] != 200 else 0
+    wrong = [f"{row['fault']}: {key}" for row in result["faults"] for key in ("lost", "unexplained") if row[key]]
+    wrong += [f"{row['fault']}: other answers" for row in result["faults"] if not row["answers_as_before"]]
+    wrong += [
+        f"{row['fault']}: {row['note']}" for row in result["faults"] if (row["note"] or "").startswith("not done")
+    ]
+    blob = result["corrupt_blob"]
+    wrong += [] if (blob["status"], blob["others"]) == (500, 200) and blob["names_the_file"] else ["corrupt blob"]
+    wrong += ["lost at the end"] if result["lost"] else []
+    wrong += ["exit after SIGTERM"] if result["exit_after_sigterm"] else []
+    print("\n".join(wrong) or "as it must be")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

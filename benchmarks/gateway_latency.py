@@ -1,7 +1,8 @@
 """What a gateway adds to the time to the first byte of a streamed, steered answer: nginx and Envoy as they are shipped.
 
 Streams are opened STREAMS at a time, directly and through each gateway in turn, ROUNDS times, and then one at a time. A
-gateway's figure is the difference of medians to the direct streams of the same rounds. Start a server first:
+gateway's figure is the difference of medians to the direct streams of the same rounds. Exits with 1 where it is more
+than 50 ms, or where answers come in fewer pieces than directly, by a fifth. Start a server first:
 
     make serve    # in another terminal; then
     make test PYTEST_ARGS=--version && .venv/bin/python benchmarks/gateway_latency.py
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.e2e.gateways import NAMES, gateway
 
 STREAMS, ROUNDS, SINGLE, TOKENS = 50, 8, 40, 16
+BOUND_MS = 50
 RESULTS = Path(__file__).parent / "results" / "gateway_latency.json"
 Client = Callable[[], httpx.AsyncClient]
 
@@ -79,7 +81,7 @@ def summary(found: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     arguments = parser.parse_args()
@@ -97,7 +99,7 @@ def main() -> None:
         asyncio.run(rounds(clients, model, STREAMS, 1))  # compiles and fills caches
         many = asyncio.run(rounds(clients, model, STREAMS, ROUNDS))
         single = asyncio.run(rounds(clients, model, 1, SINGLE))
-    results = {
+    results: dict[str, Any] = {
         "environment": environment(),
         "tokens": TOKENS,
         "concurrent": {"streams": STREAMS, "rounds": ROUNDS, **summary(many)},
@@ -105,7 +107,16 @@ def main() -> None:
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
+    wrong = []
+    for way in ("concurrent", "one_at_a_time"):
+        pieces = results[way]["direct"]["reads_per_answer"]
+        for name in NAMES:
+            found = results[way][name]
+            if found["over_direct_ms"] > BOUND_MS or found["reads_per_answer"] < 0.8 * pieces:
+                wrong.append(f"{name}, {way}")
+    print(f"beyond the bounds: {wrong or 'none'}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """LiteLLM's proxy with docker/litellm.yaml: whether `steering` and `knowledge` arrive at the server as they were sent.
 
-Once before a server that keeps what reaches it, and once before polyhelm, by the official client: the receipt must come
-back from a whole answer and from a stream. LiteLLM pins packages otherwise than vLLM and has its own environment:
+Once before a server that keeps what reaches it, and once before polyhelm, by the official client: the receipts must
+come back from a whole answer and from a stream, and an error must. Exits with 1 where they don't. LiteLLM pins packages
+otherwise than vLLM and has its own environment:
 
     python3 -m venv litellm && litellm/bin/pip install 'litellm[proxy]==1.106.2'
     make serve    # in another terminal
@@ -15,6 +16,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -35,6 +37,9 @@ MODEL = "smollm2"
 MESSAGES: Any = [{"role": "user", "content": "How was the film?"}]
 STEERING = {"interventions": [{"artifact": "sentiment", "strength": 2.5, "apply": {"prompt_positions": [-1]}}]}
 KNOWLEDGE = {"collection": "facts", "min_score": 0.5, "languages": ["sw", "de"]}
+
+
+FACT = {"id": "evry", "question": "Who designed Évry Cathedral?", "answer": "Mario Gariazzo", "language": "en"}
 
 
 class Recorder(BaseHTTPRequestHandler):
@@ -107,7 +112,14 @@ def receipts(program: Path, url: str) -> dict[str, Any]:
     """How many tokens were touched according to the receipts that come back through LiteLLM, and whether errors do."""
     request: Any = {"model": MODEL, "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
     steering = {"interventions": [{"artifact": "sentiment", "strength": 2}]}
+    collection = f"{url}/v1/kb/collections/through-litellm"
+    for call, sent in ((collection, {}), (f"{collection}/facts", [FACT])):
+        httpx.put(call, json=sent, trust_env=False, timeout=60).raise_for_status()
+    question: Any = [{"role": "user", "content": "Who designed the Évry Cathedral?"}]
     with proxy(program, url) as address, client(address) as openai:
+        knowing = openai.chat.completions.create(
+            model=MODEL, messages=question, max_tokens=4, extra_body={"knowledge": {"collection": "through-litellm"}}
+        )
         whole = openai.chat.completions.create(**request, extra_body={"steering": steering})
         chunks = list(openai.chat.completions.create(**request, stream=True, extra_body={"steering": steering}))
         unknown = {"interventions": [{"artifact": "no-such-artifact"}]}
@@ -119,6 +131,7 @@ def receipts(program: Path, url: str) -> dict[str, Any]:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     streamed = [found for chunk in chunks if (found := getattr(chunk, "steering", None))]
     return {
+        "facts": [each["id"] for each in getattr(knowing, "knowledge", {"facts": []})["facts"]],
         "whole": touched(getattr(whole, "steering", None)),
         "stream": touched(streamed[-1] if streamed else None),
         "same_text": text == whole.choices[0].message.content,
@@ -138,14 +151,14 @@ def client(address: str) -> OpenAI:
     return OpenAI(base_url=f"{address}/v1", api_key="unused", http_client=httpx.Client(trust_env=False), timeout=300)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--litellm", type=Path, required=True, help="the program of LiteLLM")
     arguments = parser.parse_args()
     body = arrived(arguments.litellm)
     version = subprocess.run([arguments.litellm, "--version"], capture_output=True, text=True).stdout.split()
-    results = {
+    results: dict[str, Any] = {
         "environment": environment(),
         "litellm": version[-1] if version else None,
         "steering_untouched": body.get("steering") == STEERING,
@@ -154,7 +167,11 @@ def main() -> None:
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
+    told = results["receipts"]
+    passed = results["steering_untouched"] and results["knowledge_untouched"] and told["same_text"]
+    passed = passed and told["whole"] and told["stream"] == told["whole"] and told["facts"] == [FACT["id"]]
+    return 0 if passed and told["status_of_an_unknown_artifact"] == 404 else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

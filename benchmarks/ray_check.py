@@ -49,7 +49,8 @@ def configured(folder: Path, data_dir: Path) -> int:
 
 
 @contextmanager
-def ray_serve(programs: Path, folder: Path, data_dir: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
+def ray_serve(programs: Path, folder: Path, data_dir: Path) -> Iterator[tuple[httpx.Client, dict[str, bool]]]:
+    """A client of the running application, and what is known of its end once it has ended."""
     port = configured(folder, data_dir)
     variables = os.environ | {
         "PATH": f"{programs.resolve()}{os.pathsep}{os.environ['PATH']}",
@@ -57,6 +58,7 @@ def ray_serve(programs: Path, folder: Path, data_dir: Path) -> Iterator[tuple[ht
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     log = folder / "log"
+    end: dict[str, bool] = {}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(programs.resolve() / "serve"), "run", "serve.yaml"],
@@ -68,10 +70,19 @@ def ray_serve(programs: Path, folder: Path, data_dir: Path) -> Iterator[tuple[ht
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, trust_env=False) as client:
                 wait_until_ready(client, process, log)
-                yield client, process
+                yield client, end
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(STOP_SECONDS)
+            try:
+                process.wait(STOP_SECONDS)
+                end["ends_on_sigint"] = True
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                end["ends_on_sigint"] = False
+            # `serve run` leaves the cluster that it has started.
+            stop = [str(programs.resolve() / "ray"), "stop", "--force"]
+            subprocess.run(stop, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
 def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -96,27 +107,30 @@ def servers() -> set[int]:
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ray", type=Path, required=True, help="the folder of Ray's programs")
     parser.add_argument("--data-dir", type=Path, default=Path("polyhelm-data"))
     arguments = parser.parse_args()
     before = servers()
     with tempfile.TemporaryDirectory() as folder:
-        with ray_serve(arguments.ray, Path(folder), arguments.data_dir) as (client, _):
+        with ray_serve(arguments.ray, Path(folder), arguments.data_dir) as (client, end):
             started = servers() - before
             checked = requests(client)
         deadline = time.monotonic() + STOP_SECONDS
         while (left := servers() & started) and time.monotonic() < deadline:
             time.sleep(1)
-    results = {"environment": environment(), "servers": len(started), **checked, "servers_left_at_the_end": len(left)}
+    results = {"environment": environment(), "servers": len(started), **checked, **end}
+    results["servers_left_at_the_end"] = len(left)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
+    passed = results["steered"] and results["stream_has_the_receipt"] and results["stream_reads"] > 1 and not left
+    return 0 if passed and started and results["status_of_an_unknown_artifact"] == 404 else 1
 
 
 def requests(client: httpx.Client) -> dict[str, Any]:
     model = client.get("/v1/models").json()["data"][0]["id"]
-    publish(client, "through-ray", 1)
+    publish(client, "through-ray", 1).raise_for_status()
     reads, whole = 0, b""
     with client.stream(
         "POST", "/v1/completions", json=body(model, "through-ray", stream=True, max_tokens=16)
@@ -134,4 +148,4 @@ def requests(client: httpx.Client) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

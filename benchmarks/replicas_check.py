@@ -15,6 +15,7 @@ import argparse
 import json
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -31,6 +32,8 @@ from spread import spread
 
 RESULTS = Path(__file__).parent / "results" / "replicas_check.json"
 MOVES, REQUESTS, START_SECONDS = 10, 24, 120
+BOUND_SECONDS = 10 + 2
+"""POLYHELM_STORE_REFRESH_SECONDS, and some for the listing of the store and for the request that sees it."""
 
 
 def publish(client: httpx.Client, name: str, seed: int) -> httpx.Response:
@@ -147,19 +150,23 @@ def through_the_router(address: str, replicas: list[httpx.Client], model: str) -
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--urls", nargs=2, default=["http://127.0.0.1:8001", "http://127.0.0.1:8002"])
     parser.add_argument("--router", type=Path, required=True, help="the program vllm-router")
     arguments = parser.parse_args()
     one, two = (httpx.Client(base_url=url, timeout=300, trust_env=False) for url in arguments.urls)
     model = one.get("/v1/models").json()["data"][0]["id"]
-    results = {"environment": environment(), "store": shared_store(one, two, model)}
+    results: dict[str, Any] = {"environment": environment(), "store": shared_store(one, two, model)}
     with router(arguments.router, arguments.urls) as address:
         results["router"] = through_the_router(address, [one, two], model)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
+    routed, store = results["router"], results["store"]
+    passed = store["alias_seconds_most"] <= BOUND_SECONDS and routed["steered"] and routed["stream_has_the_receipt"]
+    passed = passed and routed["stream_reads"] > 1 and all(routed["answers_of_each"])
+    return 0 if passed and routed["status_of_an_unknown_artifact"] == 404 else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -43,14 +43,16 @@ class Polyhelm:
 
     async def _wait_until_ready(self) -> None:
         async with asyncio.timeout(START_SECONDS):
-            while not self._ready.is_set():
+            while True:
                 if (code := self._process.poll()) is not None:
                     raise RuntimeError(f"polyhelm ended with {code}: the log of this replica says why")
                 try:
                     if (await self._client.get("/readyz")).status_code == 200:
                         self._ready.set()
+                        return
                 except httpx.TransportError:
-                    await asyncio.sleep(0.5)
+                    pass  # it doesn't listen yet
+                await asyncio.sleep(0.5)
 
     async def check_health(self) -> None:
         """Ray asks before the first request, and then every `health_check_period_s`."""
@@ -59,7 +61,8 @@ class Polyhelm:
         (await self._client.get("/livez", timeout=5)).raise_for_status()
 
     async def __call__(self, request: Request) -> Response:
-        await self._wait_until_ready()
+        if not self._ready.is_set():
+            await self._wait_until_ready()
         headers = [(name, value) for name, value in request.headers.items() if name not in HOP_BY_HOP | {"host"}]
         body = request.stream() if request.method in {"POST", "PUT", "PATCH"} else None
         url = httpx.URL(path=request.url.path, query=request.url.query.encode())
