@@ -54,7 +54,7 @@ from server.knowledge import Adviser
 from server.locks import holding
 from server.models import ResolvedModel, model_identity, resolve_model
 from server.progress import Reporter
-from server.remote_sources import check_allowed
+from server.remote_sources import check_places
 from server.replays import Replays
 from server.settings import Settings
 from steering_store import Store, remote_replica
@@ -106,6 +106,7 @@ class Polyhelm:
 
 def serve(settings: Settings, engine_args: Sequence[str], report: Reporter) -> None:
     """Convert the model if needed, start and check the engine, fit the demo if asked for, and serve until told to."""
+    check_places(settings)
     report.step(f"model {settings.model}")
     model = resolve_model(settings.model, settings.data_dir, report.step)
     args = frontend.parse_args(model, settings, engine_args)
@@ -132,8 +133,11 @@ async def _serve(settings: Settings, model: ResolvedModel, args: Namespace, repo
 
 
 def open_store(settings: Settings) -> Store:
-    """The store that the settings name; one at a URL learns in the background what other machines publish."""
-    check_allowed(settings.store, settings.allowed_remotes)
+    """The store that the settings name; one at a URL learns in the background what other machines publish.
+
+    Raises StoreError where it, or another place that the settings name, isn't allowed.
+    """
+    check_places(settings)
     store = remote_replica.open_store(
         settings.data_dir,
         settings.store,

@@ -50,8 +50,8 @@ class Settings(BaseSettings):
     store: str | None = None
     """Where the artifacts are: any fsspec URL, such as s3://bucket/prefix. By default `<data-dir>/artifacts`."""
     allowed_remotes: Annotated[list[str] | None, NoDecode] = None
-    """Where stores and repositories elsewhere may be, separated by commas, such as s3://bucket/prefix,hf://org. Without
-    it anywhere, and nowhere where it is empty.
+    """Where stores, repositories, models of the hub, the knowledge base and its encoder may be, separated by commas,
+    such as s3://bucket/prefix,hf://org,https://encoder.example.com. Without it anywhere; nowhere where it is empty.
     """
     store_cache_bytes: int = Field(10 * 1024 * MiB, ge=0)
     """What files of a store at a URL may take of this disk."""

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from server.remote_sources import check_allowed
+from server.app import open_store, serve
+from server.progress import Reporter
+from server.remote_sources import check_allowed, check_places
 from server.settings import Settings
 from steering_store.errors import StoreError
 
@@ -61,3 +66,34 @@ def test_setting_is_a_list_and_an_empty_one_allows_nothing(monkeypatch: pytest.M
     monkeypatch.setenv("POLYHELM_ALLOWED_REMOTES", "")
     with pytest.raises(StoreError, match="none"):
         check_allowed("s3://team/prod", Settings().allowed_remotes)
+
+
+NAMED: list[dict[str, Any]] = [
+    {"store": "s3://team/prod"},
+    {"model": "our-org/model"},
+    {"expert_models": ["smollm2", "our-org/expert"]},
+    {"kb_encoder": "st:our-org/encoder"},
+    {"kb_encoder": "tei:https://encoder.example.com/embed"},
+    {"kb_encoder": "openai:https://encoder.example.com/v1#small"},
+    {"kb_url": "postgresql://user:pass@db.example.com:5432/facts?sslmode=require"},
+    {"kb_url": "qdrant+https://qdrant.example.com"},
+]
+
+
+@pytest.mark.parametrize("named", NAMED, ids=str)
+def test_every_place_that_the_settings_name_must_be_allowed(named: dict[str, Any], tmp_path: Path) -> None:
+    allowed = ["s3://team", "hf://our-org", "https://encoder.example.com", "postgresql://db.example.com:5432"]
+    check_places(Settings(**named, allowed_remotes=[*allowed, "qdrant+https://qdrant.example.com"]))
+    check_places(Settings(**named))
+    settings = Settings(**named, data_dir=tmp_path, allowed_remotes=["hf://others", "https://example.com"])
+    for start in (lambda: serve(settings, [], Reporter()), lambda: open_store(settings)):
+        with pytest.raises(StoreError, match="POLYHELM_ALLOWED_REMOTES"):
+            start()
+
+
+def test_what_is_on_this_machine_needs_no_permission(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for model in ("smollm2", str(tmp_path / "model")):
+        settings = Settings(model=model, expert_models=[model], kb_url=str(tmp_path / "kb"), allowed_remotes=[])
+        check_places(settings)
+    check_places(Settings(kb_url=f"qdrant+file:{tmp_path}", kb_encoder=f"st:{tmp_path}", allowed_remotes=[]))
