@@ -253,11 +253,11 @@ def _train(encoder: torch.nn.Linear, decoder: torch.nn.Linear, train: torch.Tens
     """
     modules = torch.nn.Sequential(encoder, decoder)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=LEARNING_RATE)
-    variance = held_out.square().sum().item()
+    variance = float(held_out.square().sum())
 
     def lost() -> float:
         with torch.no_grad():
-            return (held_out - modules(held_out)).square().sum().item() / variance
+            return float((held_out - modules(held_out)).square().sum()) / variance
 
     best, found_at, step = lost(), 0, 0
     state = {name: value.clone() for name, value in modules.state_dict().items()}

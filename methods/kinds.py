@@ -15,6 +15,7 @@ the intervention, and every coefficient read from x as it was before the edit:
 | sae clamp | rank, f = clip to [min, max] minus current | a_k becomes clip(a_k): x += s (clip(a_k) - a_k) d_k |
 | sae ablate | rank, f = 0 minus current | a_k becomes 0: x -= s a_k d_k |
 | sae scale | rank, f = 0 minus current, d = -value d_k | a_k becomes (1 + value) a_k: x += s value a_k d_k |
+| sae, all of its features | rank, f = activation | x += s sum_k a_k d_k |
 | sae add | add, v = sum_k value_k d_k | a_k becomes a_k + value: x += s value d_k |
 
 A decoder is linear, so that changing features and decoding, plus what the SAE had left unexplained, is the same as
@@ -204,6 +205,11 @@ def sae(strength: float, layer: int, activation: Activation, features: Sequence[
         gain, recipe = _recipe("sum", layer, added)
         parts.append(Part("add", recipe, strength * gain))
     return tuple(parts)
+
+
+def whole_sae(strength: float, layer: int, activation: Activation) -> tuple[Part, ...]:
+    """All features, however many."""
+    return (Part("rank", Recipe("features", (layer,)), strength, Function(activation)),)
 
 
 def _recipe(form: Form, layer: int, features: Sequence[Feature]) -> tuple[float, Recipe]:

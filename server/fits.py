@@ -227,7 +227,7 @@ def _manifest(
         ],
         "activation": fitted.activation,
         "labels": None if fitted.labels is None else LABELS,
-        "default_features": None if fitted.default_features is None else list(fitted.default_features),
+        "default_features": fitted.default_features,
         "tuning": None if fitted.tuning is None else fitted.tuning.model_dump(mode="json", exclude_none=True),
         "default_strength": fitted.default_strength,
         "strength_range": fitted.strength_range,

@@ -69,7 +69,8 @@ def _check_own_fields(manifest: Manifest) -> None:
         if getattr(manifest, field) is not None and not (is_sae and len(manifest.layers) == 1):
             raise InvalidManifest(f"{field}: only a sae of a single layer has them; leave them out", field)
     features = next((site.shape[0] for site in manifest.sites if site.role == "encoder" and site.shape), 0)
-    for i, feature in enumerate(manifest.default_features or ()):
+    listed = None if manifest.default_features == "all" else manifest.default_features
+    for i, feature in enumerate(listed or ()):
         if feature.index >= features:
             raise InvalidManifest(
                 f"default_features.{i}.index: {feature.index} is not below {features}, the number of features",

@@ -175,7 +175,8 @@ optionally `bias` [width], which is added to y |
     | preset | none: it has `interventions`, and no sites |
 
     `activation` is the SAE's: feature k of x is activation(x . encoder_k + encoder_bias_k). `labels` is the file that
-    names its features and shows where they fire; `default_features` are what a request that lists none does to them.
+    names its features and shows where they fire; `default_features` are what a request that lists none does to them;
+    `all` adds what all of them decode to, strength times, however many they are.
     `tuning` says how the defaults were chosen. `strength_range` is (lowest, highest) sensible strength; `h_norm` is the
     mean L2 norm of the activation at each layer, in the model's own units; `files` is filled in at publication.
     """
@@ -187,7 +188,9 @@ optionally `bias` [width], which is added to y |
     sites: list[Site] = []
     activation: Activation | None = None
     labels: Text | None = None
-    default_features: Annotated[list[FeatureDefault], Field(min_length=1, max_length=256)] | None = None
+    default_features: Annotated[list[FeatureDefault], Field(min_length=1, max_length=256)] | Literal["all"] | None = (
+        None
+    )
     interventions: Annotated[list[PresetItem], Field(min_length=1)] | None = None
     default_strength: FiniteFloat
     strength_range: tuple[FiniteFloat, FiniteFloat] | None = None

@@ -17,16 +17,17 @@ FIT_STRENGTH = ("add", "add_norm", "scale", "map", "features")
 
 def with_default_features(intervention: Intervention, manifest: Manifest) -> Intervention:
     """The intervention, with the artifact's own features where it lists none and the artifact has such."""
-    if intervention.features is not None or manifest.default_features is None:
+    if intervention.features is not None or manifest.default_features is None or manifest.default_features == "all":
         return intervention
     features = [schema.Feature(**each.model_dump()) for each in manifest.default_features]
     return intervention.model_copy(update={"features": features})
 
 
-def chosen_op(intervention: Intervention, kind: str) -> str:
+def chosen_op(intervention: Intervention, manifest: Manifest) -> str:
     """The op, by default the kind's own; `features` for a sae. OptionError for options that it doesn't have."""
+    kind = manifest.kind
     ops = kinds.OPS[kind]
-    if (kind == "sae") != (intervention.features is not None):
+    if (kind == "sae") != (intervention.features is not None or manifest.default_features == "all"):
         remedy = "list those to change" if kind == "sae" else "leave it out"
         raise OptionError(
             "features", f"this artifact is a {kind}, and only a sae has features, which it needs; {remedy}"
@@ -89,6 +90,8 @@ def parts(
         return kinds.linear_map(strength, layers, _has_bias(manifest, layers)) + renorm
     if manifest.kind == "sae":
         assert manifest.activation is not None
+        if intervention.features is None:
+            return kinds.whole_sae(strength, layers[0], manifest.activation) + renorm
         count = next(site.shape[0] for site in manifest.sites if (site.layer, site.role) == (layers[0], "encoder"))
         features = [
             _feature(f"features.{number}", feature, count, most)

@@ -112,7 +112,7 @@ class Steerer:
         version = self._resolve(draft, intervention.artifact, f"{where}.artifact")
         manifest = version.manifest
         intervention = options.with_default_features(intervention, manifest)
-        op = options.chosen_op(intervention, manifest.kind)
+        op = options.chosen_op(intervention, manifest)
         layers = options.chosen_layers(intervention, manifest, version.ref)
         strength = options.chosen_strength(intervention, op, manifest, self.max_strength, part.scale)
         span = options.chosen_span(intervention, mode)

@@ -224,6 +224,13 @@ def lf_steering(
     layer: Annotated[
         int | None, typer.Option(envvar="POLYHELM_LAYER", help="Where to train, in place of --paraphrases.")
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(envvar="POLYHELM_FORM", help="delta (the default), or literal: the paper's decode-and-replace."),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(envvar="POLYHELM_ALPHA", help="Of the literal form; 20, the paper's.")
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(envvar="POLYHELM_THRESHOLD", help="Least mean change of a key feature; 0.1.")
     ] = None,

@@ -137,7 +137,7 @@ class Fitted:
     parents: Sequence[str] = ()
     annotations: Mapping[str, str] = field(default_factory=dict)
     labels: bytes | None = None
-    default_features: Sequence[Mapping[str, Any]] | None = None
+    default_features: list[dict[str, Any]] | Literal["all"] | None = None
     tuning: Tuning | None = None
 
 

@@ -34,6 +34,7 @@ from server.fit_methods.sae_rows import Passage, SaeTraining
 
 MAX_FEATURES = 128
 """A request lists 256 features, and each key feature is two."""
+PAPERS_ALPHA = 20.0
 
 
 class Contrast(Part):
@@ -53,13 +54,22 @@ class Paraphrase(Part):
 
 class LfSteeringOptions(Options, SaeTraining):
     """`sae`: an SAE of the store, in place of `texts` to train one from. `layer`: where to train it, in place of
-    `paraphrases` to find the layer by. `threshold` is for the gains, in the SAE's units.
+    `paraphrases` to find the layer by. `threshold` is for the gains, in the SAE's units. `alpha` is part of the literal
+    form, 20 unless given, the paper's; the delta form has the request's strength in its place.
     """
 
     sae: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     layer: Layer | None = None
+    form: Literal["delta", "literal"] = "delta"
+    alpha: Annotated[float, Field(allow_inf_nan=False)] | None = None
     threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     most: Annotated[int, Field(ge=1, le=MAX_FEATURES)] = MAX_FEATURES
+
+    @model_validator(mode="after")
+    def _alpha_is_of_the_literal_form(self) -> LfSteeringOptions:
+        if self.alpha is not None and self.form == "delta":
+            raise ValueError("alpha is part of the literal form only; delta's is default_strength")
+        return self
 
     @property
     def training(self) -> SaeTraining:
@@ -139,7 +149,12 @@ class LfSteeringSpec(MethodSpec):
             raise FitError("paraphrases", str(error)) from error
 
     def _fitted(self, source: _Source, features: lf_steering.Features, located: lf_steering.Located | None) -> Fitted:
-        options, rows = self.options, lf_steering.delta_rows(source.sae, features)
+        options, alpha, rows = self.options, None, lf_steering.delta_rows(source.sae, features)
+        default: list[dict[str, Any]] | Literal["all"]
+        default = [{"index": index, "op": "scale", "value": 1.0} for index in range(len(rows.encoder))]
+        if options.form == "literal":
+            alpha = PAPERS_ALPHA if options.alpha is None else options.alpha
+            rows, default = lf_steering.literal_rows(source.sae, features, alpha), "all"
         parts = tensors(rows, source.layer)
         del parts[source.layer, "decoder_bias"]
         metrics = source.metrics | {
@@ -158,12 +173,12 @@ class LfSteeringSpec(MethodSpec):
             default_strength=options.default_strength,
             default_layers=[source.layer],
             config=options.model_dump(exclude={"default_layers", "default_strength"})
-            | {"layer": source.layer, "form": "delta", "key": key},
+            | {"layer": source.layer, "alpha": alpha, "key": key},
             metrics=metrics,
             activation="jumprelu",
             seed=options.seed,
             parents=source.parents,
-            default_features=[{"index": index, "op": "scale", "value": 1.0} for index in range(len(rows.encoder))],
+            default_features=default,
         )
 
 

@@ -74,16 +74,16 @@ def test_a_direction_fitted_by_rfm_is_ablated_at_every_layer(exact: Server, pair
 
 def test_incline_of_the_embeddings_maps_what_the_first_layer_receives(exact: Server) -> None:
     pairs = [{"source": each["texts"]["de"], "target": each["texts"]["en"]} for each in INPUTS]
-    options = {"source_language": "de", "component": "embedding", "pooling": "mean"}
+    options = {"source_language": "de", "component": "embedding", "pooling": "mean", "prior": "mean"}
     manifest = fit(exact, "incline", pairs=pairs, options=options)
     sites = {site["role"]: site for site in manifest["sites"]}
     assert {(site["point"], site["layer"]) for site in sites.values()} == {("resid_pre", 0)}
     assert manifest["default_layers"] == [0]
     file = exact.client.get(f"/v1/artifacts/incline/versions/latest/files/{sites['left']['file']}").content
-    left, right = (safetensors.numpy.load(file)[sites[role]["tensor"]] for role in ("left", "right"))
+    left, right, bias = (safetensors.numpy.load(file)[sites[role]["tensor"]] for role in ("left", "right", "bias"))
     clean = captured(exact, "resid_pre.0")
     steered = captured(exact, "resid_pre.0", {"artifact": "incline", "strength": 0.5})
-    expected = clean + 0.5 * clean @ (left @ right).T
+    expected = clean + 0.5 * (clean @ (left @ right).T + bias)
     assert np.abs(expected - clean).max() > 1e-2
     np.testing.assert_allclose(steered, expected, atol=1e-5)
 

@@ -1,8 +1,9 @@
-"""SADI and INCLINE against their released code's arithmetic, written here in numpy from its description: fitted over
-HTTP and from the command line, served in mode "frozen", in float32.
+"""Every method against its released code's arithmetic, or where there is none its paper's, written here in numpy from
+the description: fitted over HTTP and from the command line, in float32.
 
-Pass 1 runs the question and keeps the activations of its last token at every layer. Pass 2 runs it again and overwrites
-them all with the kept ones, edited. transformers runs both passes; numpy computes masks, maps and edits.
+SADI and INCLINE are served in mode "frozen". Pass 1 runs the question and keeps the activations of its last token at
+every layer. Pass 2 runs it again and overwrites them all with the kept ones, edited. LF-Steering, ExpertSteer and
+shared neurons have one pass, in which every token is edited. transformers runs the passes; numpy computes the rest.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.numpy import load
 
 from server.engine.edits import Point
 from tests.e2e.test_fits import polyhelm
+from tests.e2e.test_opcodes import publish
 from tests.server.engine.hooks import activations, hooked
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.engine
 
-LAYERS, HEADS, TOP_K, MULTIPLIER, ALPHA = 30, 9, 4, 5.0, 0.3
+LAYERS, HEADS, MULTIPLIER, ALPHA, SAE_LAYER = 30, 9, 5.0, 0.3, 12
 TOLERANCE = 1e-4
 QUESTION = "The opposite of a hot summer day is a"
 ANSWERED = [
@@ -88,23 +90,41 @@ def two_passes(model: Any, point: Point, ids: list[int], edit: Edit) -> np.ndarr
     return found
 
 
-def next_token(server: Server, artifact: str | None, strength: float = 0) -> tuple[dict[str, float], dict[str, Any]]:
+def one_pass(model: Any, point: Point, ids: list[int], edit: Edit) -> np.ndarray:
+    """The log-probabilities of the next token, where `edit` is given the activations [tokens, width] of each layer."""
+
+    def edited(_: Point, layer: int, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(edit(layer, x.numpy()).astype(np.float32))
+
+    with torch.no_grad(), hooked(model, (point,), edited):
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    found: np.ndarray = torch.log_softmax(logits, -1).numpy()
+    return found
+
+
+def next_token(
+    server: Server, artifact: str | None, strength: float = 0, mode: str = "frozen"
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Log-probabilities of the likeliest next tokens, by token, and the receipt."""
     body: dict[str, Any] = {"model": server.model, "prompt": QUESTION, "max_tokens": 1, "temperature": 0}
     body |= {"logprobs": 10, "return_tokens_as_token_ids": True}
     if artifact:
         interventions = [{"artifact": artifact, "strength": strength}]
-        body["steering"] = {"mode": "frozen", "interventions": interventions}
+        body["steering"] = {"mode": mode, "interventions": interventions}
     answer = server.client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     (top,) = answer.json()["choices"][0]["logprobs"]["top_logprobs"]
     return top, answer.json().get("steering", {})
 
 
-def assert_same(server: Server, artifact: str, strength: float, expected: np.ndarray) -> None:
+def assert_same(
+    server: Server, artifact: str, strength: float, expected: np.ndarray, tokens: int = 1, mode: str = "frozen"
+) -> None:
+    """`tokens` are those that are edited."""
     plain, _ = next_token(server, None)
-    served, receipt = next_token(server, artifact, strength)
-    assert receipt["mode"] == "frozen" and receipt["applied"][0]["tokens_touched"] == 1
+    served, receipt = next_token(server, artifact, strength, mode)
+    (applied,) = receipt["applied"]
+    assert receipt["mode"] == mode and applied["tokens_touched"] + applied["tokens_from_cache"] == tokens
     theirs = {token: expected[int(token.removeprefix("token_id:"))] for token in served}
     worst = max(abs(theirs[token] - value) for token, value in served.items())
     moved = max(abs(value - expected[int(token.removeprefix("token_id:"))]) for token, value in plain.items())
@@ -114,8 +134,17 @@ def assert_same(server: Server, artifact: str, strength: float, expected: np.nda
     assert max(served, key=lambda token: served[token]) == f"token_id:{expected.argmax()}"
 
 
-def fit(server: Server, method: str, name: str, pairs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
-    body = {"method": method, "name": name, "pairs": pairs, "options": options}
+def tensors(server: Server, name: str, manifest: dict[str, Any]) -> dict[tuple[int, str | None], np.ndarray]:
+    """By layer and role."""
+    (file,) = {site["file"] for site in manifest["sites"]}
+    loaded = load(server.client.get(f"/v1/artifacts/{name}/versions/1/files/{file}").content)
+    return {(site["layer"], site.get("role")): loaded[site["tensor"]] for site in manifest["sites"]}
+
+
+def fit(
+    server: Server, method: str, name: str, pairs: list[Any], options: dict[str, Any], field: str = "pairs"
+) -> dict[str, Any]:
+    body = {"method": method, "name": name, field: pairs, "options": options}
     accepted = server.client.post("/v1/fits", json=body)
     assert accepted.status_code == 202, accepted.text
     job = server.wait_for_fit(accepted.json()["id"], "succeeded", "failed")
@@ -124,11 +153,14 @@ def fit(server: Server, method: str, name: str, pairs: list[Any], options: dict[
     return manifest
 
 
-@pytest.mark.parametrize(("component", "point"), [("heads", "head_out"), ("mlp", "mlp_out")])
+@pytest.mark.parametrize(
+    ("component", "point", "top_k"),
+    [("heads", "head_out", 4), ("mlp", "mlp_out", 4), ("neurons", "mlp_act", 40), ("hidden", "resid_post", 4)],
+)
 def test_sadi_served_frozen_equals_the_released_code(
-    exact: Server, model: Any, ids: Callable[[str], list[int]], component: str, point: Point
+    exact: Server, model: Any, ids: Callable[[str], list[int]], component: str, point: Point, top_k: int
 ) -> None:
-    manifest = fit(exact, "sadi", f"sadi-{component}", ANSWERED, {"component": component, "top_k": TOP_K})
+    manifest = fit(exact, "sadi", f"sadi-{component}", ANSWERED, {"component": component, "top_k": top_k})
     sides = {
         side: last_tokens(model, point, [ids(f"{pair['prompt']} {pair[side]}") for pair in ANSWERED])
         for side in ("positive", "negative")
@@ -136,13 +168,12 @@ def test_sadi_served_frozen_equals_the_released_code(
     block = sides["positive"].shape[2] // HEADS if component == "heads" else 1
     elements = {side: x.reshape(*x.shape[:2], -1, block).mean(-1) for side, x in sides.items()}
     difference = np.mean([p - n for p, n in zip(elements["positive"], elements["negative"], strict=True)], axis=0)
-    best = np.argsort(difference.flatten())[-TOP_K:]
+    best = np.argsort(difference.flatten())[-top_k:]
     mask = np.zeros(difference.size, bool)
     mask[best] = True
     mask = mask.reshape(difference.shape)
-    content = exact.client.get(f"/v1/artifacts/sadi-{component}/versions/1/files/neurons.safetensors").content
-    indices = load(content)
-    chosen = {(site["layer"], i // block) for site in manifest["sites"] for i in indices[site["tensor"]].tolist()}
+    found = tensors(exact, f"sadi-{component}", manifest)
+    chosen = {(layer, i // block) for (layer, _), indices in found.items() for i in indices.tolist()}
     assert chosen == set(zip(*map(np.ndarray.tolist, np.nonzero(mask)), strict=True))
 
     def edit(layer: int, clean: np.ndarray) -> np.ndarray:
@@ -181,12 +212,146 @@ def test_incline_fitted_by_the_command_line_and_served_frozen_equals_the_release
     np.testing.assert_allclose(two_passes(model, "resid_post", ids(QUESTION), last_layer_only), expected, atol=1e-5)
 
 
+def test_incline_as_the_code_for_llama_fits_it_equals_its_arithmetic(
+    exact: Server, model: Any, ids: Callable[[str], list[int]]
+) -> None:
+    """The MLP's output, averaged over a text's tokens (here without the first), every second pair joined with its
+    translation.
+    """
+    options = {"source_language": "de", "component": "ffn", "pooling": "mean", "mix": "target_first"}
+    fit(exact, "incline", "incline-code", TRANSLATED, options | {"solver": "min_norm"})
+    texts: dict[str, list[str]] = {"source": [], "target": []}
+    for number, pair in enumerate(TRANSLATED):
+        joined = number % 2 == 1
+        texts["source"].append(f"{pair['target']}\n{pair['source']}" if joined else pair["source"])
+        texts["target"].append(f"{pair['target']}\n{pair['target']}" if joined else pair["target"])
+    source, target = (averages(model, "mlp_out", [ids(text) for text in texts[side]]) for side in ("source", "target"))
+    maps = [np.linalg.lstsq(source[:, layer], target[:, layer], rcond=None)[0] for layer in range(LAYERS)]
+    expected = two_passes(model, "mlp_out", ids(QUESTION), lambda layer, clean: clean + 2 * ALPHA * clean @ maps[layer])
+    assert_same(exact, "incline-code", 2 * ALPHA, expected)
+
+
+def averages(model: Any, point: Point, sequences: list[list[int]]) -> np.ndarray:
+    """[texts, layers, width], over all tokens but the first."""
+    seen = [activations(model, (point,), ids) for ids in sequences]
+    return np.stack([[each[point, layer][1:].numpy().mean(0) for layer in range(LAYERS)] for each in seen])
+
+
+def test_incline_with_its_bias_equals_its_formula(exact: Server, model: Any, ids: Callable[[str], list[int]]) -> None:
+    """The default: W and b by ridge towards the mean, here with a known lambda."""
+    options = {"source_language": "de", "ridge": 0.1, "prior": "mean"}
+    manifest = fit(exact, "incline", "incline-bias", TRANSLATED, options)
+    assert {site["role"] for site in manifest["sites"]} == {"left", "right", "bias"}
+    source, target = (
+        last_tokens(model, "resid_post", [ids(pair[side]) for pair in TRANSLATED]).astype(np.float64)
+        for side in ("source", "target")
+    )
+
+    def edit(layer: int, clean: np.ndarray) -> np.ndarray:
+        mean_h, mean_t = source[:, layer].mean(0), target[:, layer].mean(0)
+        h, t = source[:, layer] - mean_h, target[:, layer] - mean_t
+        gram = h @ h.T
+        inverse = np.linalg.inv(gram + 0.1 * np.trace(gram) / len(h) * np.eye(len(h)))
+        return clean + ALPHA * (mean_t + (clean - mean_h) @ h.T @ inverse @ t)
+
+    assert_same(exact, "incline-bias", ALPHA, two_passes(model, "resid_post", ids(QUESTION), edit))
+
+
+def test_lf_steering_fitted_with_an_sae_of_the_store_equals_the_delta_form(
+    exact: Server, model: Any, ids: Callable[[str], list[int]]
+) -> None:
+    rng, alpha = np.random.default_rng(0), 3.0
+    seen = (activations(model, ("resid_post",), ids(each["source"])) for each in TRANSLATED)
+    states = np.concatenate([each["resid_post", SAE_LAYER][1:].numpy() for each in seen])
+    features = rng.standard_normal((48, states.shape[1])).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    bias = rng.standard_normal(48).astype(np.float32)
+    threshold = np.maximum(np.median(states @ features.T + bias, axis=0), 0).astype(np.float32)
+    offset = states.mean(0)
+    roles = {"encoder": features, "encoder_bias": bias, "threshold": threshold, "decoder": features}
+    roles["decoder_bias"] = offset
+    parts = {(SAE_LAYER, role): tensor for role, tensor in roles.items()}
+    publish(exact, "planted", "sae", "resid_post", parts, activation="jumprelu")
+    pairs = [{"right": each["target"], "wrong": each["source"]} for each in TRANSLATED]
+    options = {"sae": "planted", "threshold": 0.5, "most": 10}
+    manifest = fit(exact, "lf_steering", "lf", pairs, options)
+
+    def code(x: np.ndarray) -> np.ndarray:
+        z = x @ features.T + bias
+        return np.where(z > threshold, z, 0)
+
+    right, wrong = (
+        code(last_tokens(model, "resid_post", [ids(pair[side]) for pair in pairs])[:, SAE_LAYER])
+        for side in ("right", "wrong")
+    )
+    gains = np.abs(right - wrong).mean(0)
+    key = [i for i in np.argsort(-gains)[:10] if gains[i] > 0.5]
+    assert manifest["provenance"]["config"]["key"]["features"] == key and len(key) > 3
+
+    def edit(layer: int, x: np.ndarray) -> np.ndarray:
+        fires = code(x)[:, key] != 0
+        return x + alpha * (fires * gains[key]) @ features[key] if layer == SAE_LAYER else x
+
+    def literal(layer: int, x: np.ndarray) -> np.ndarray:
+        a = code(x)
+        a[:, key] += alpha * (a[:, key] != 0) * gains[key]
+        return a @ features + offset if layer == SAE_LAYER else x
+
+    tokens = len(ids(QUESTION))
+    assert_same(exact, "lf", alpha, one_pass(model, "resid_post", ids(QUESTION), edit), tokens, "live")
+    fit(exact, "lf_steering", "lf-literal", pairs, options | {"form": "literal", "alpha": alpha})
+    assert_same(exact, "lf-literal", 1.0, one_pass(model, "resid_post", ids(QUESTION), literal), tokens, "live")
+
+
+def test_expertsteer_adds_its_vectors_at_every_token(
+    exact: Server, model: Any, ids: Callable[[str], list[int]]
+) -> None:
+    texts = [
+        {"text": f"{pair[side]}{end}", "label": label}
+        for pair in TRANSLATED
+        for side, label, ends in (("source", "positive", ("", ", sagte er")), ("target", "negative", ("", ", he said")))
+        for end in ends
+    ]
+    epsilon, options = 20.0, {"control": "self_expert", "pairs": 3, "mutual_information_texts": 4}
+    manifest = fit(exact, "expertsteer", "expert", texts, options, "texts")
+    ends = [target for _, target in manifest["provenance"]["config"]["layer_pairs"]]
+    vectors = {layer: vector for (layer, _), vector in tensors(exact, "expert", manifest).items()}
+    assert vectors.keys() == set(ends)
+    for layer, vector in vectors.items():
+        # Widths agree, so that each pair adds nu itself, which has length 1.
+        assert np.linalg.norm(vector) <= ends.count(layer) + 1e-5
+    expected = one_pass(
+        model, "resid_post", ids(QUESTION), lambda layer, x: x + epsilon * vectors[layer] if layer in vectors else x
+    )
+    assert_same(exact, "expert", epsilon, expected, len(ids(QUESTION)), "live")
+
+
+def test_shared_neurons_are_those_active_in_every_language_and_are_zeroed_at_every_token(
+    exact: Server, model: Any, ids: Callable[[str], list[int]]
+) -> None:
+    inputs = [{"texts": {"de": pair["source"], "en": pair["target"]}} for pair in TRANSLATED]
+    manifest = fit(exact, "shared_neurons", "shared", inputs, {"share": 1.0}, "inputs")
+    written = np.concatenate(
+        [last_tokens(model, "mlp_act", [ids(pair[side]) for pair in TRANSLATED]) for side in ("source", "target")]
+    )
+    expected_neurons = (written > 0).all(0)
+    # A value this near to 0 may have either sign in the engine's arithmetic.
+    clear = (np.abs(written) > 1e-5).all(0)
+    always = np.zeros_like(expected_neurons)
+    for (layer, _), neurons in tensors(exact, "shared", manifest).items():
+        always[layer, neurons] = True
+    np.testing.assert_array_equal(always[clear], expected_neurons[clear])
+    assert clear.mean() > 0.9 and 0.01 < always.mean() < 0.5
+    expected = one_pass(model, "mlp_act", ids(QUESTION), lambda layer, x: np.where(always[layer], 0, x))
+    assert_same(exact, "shared", -1.0, expected, len(ids(QUESTION)), "live")
+
+
 def test_both_can_be_served_live_and_in_their_other_forms(exact: Server) -> None:
     fixed = fit(exact, "sadi", "sadi-fixed", ANSWERED, {"form": "fixed", "component": "neurons", "top_k": 50})
     assert (fixed["kind"], fixed["sites"][0]["point"]) == ("steering_vector", "mlp_act")
     options = {"source_language": "de", "pooling": "mean", "rank": 3, "component": "attention", "ridge": 0.1}
     factored = fit(exact, "incline", "incline-rank", TRANSLATED, options)
-    assert {site["role"] for site in factored["sites"]} == {"left", "right"}
+    assert {site["role"] for site in factored["sites"]} == {"left", "right", "bias"}
     plain = exact.text()
     for artifact, strength in (("sadi-fixed", 4.0), ("incline-rank", 1.0)):
         answer = exact.complete({"artifact": artifact, "strength": strength, "apply": {"prompt_positions": [-1]}})

@@ -164,4 +164,4 @@ def test_labels_of_an_sae_whose_first_site_is_its_decoders_bias_are_counted_by_i
 def test_default_features_must_be_the_saes(store: Store, sae: Content, features: list[Content], param: str) -> None:
     with pytest.raises(InvalidManifest) as refused:
         store.publish("sae", sae | {"default_features": features}, files(LABELS))
-    assert refused.value.param == param
+    assert str(refused.value.param).startswith(param)

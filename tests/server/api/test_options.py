@@ -110,6 +110,18 @@ def test_features_become_one_rank_edit_and_one_add(store: Store, steerer: Steere
     assert prepared.applied[0].op == "features"
 
 
+def test_all_features_of_an_sae_are_one_edit_however_many(store: Store, steerer: Steerer) -> None:
+    version = publish_sae(store, default_features="all")
+    prepared = prepare(steerer, {"artifact": "sae", "strength": 2.0})
+    (edit,) = prepared.program.edits
+    assert (edit.opcode, edit.strength, edit.function) == ("rank", 2.0, Function("relu"))
+    whole, operand = store.load_tensors(version), load(prepared, edit.operand)
+    for role in ("encoder", "decoder"):
+        np.testing.assert_array_equal(tensor(operand, 3, role), whole[f"3.{role}"])
+    (one,) = prepare(steerer, {"artifact": "sae", "features": [FEATURE]}).program.edits
+    assert one.operand != edit.operand
+
+
 @pytest.mark.parametrize(
     ("intervention", "param", "word"),
     [

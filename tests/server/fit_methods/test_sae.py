@@ -197,6 +197,22 @@ def test_lf_steering_takes_the_features_that_tell_right_from_wrong(trained: tupl
     np.testing.assert_allclose(steered, lf_steering.delta(sae, x, features, 1.5), atol=1e-4)
 
 
+def test_lf_steering_in_the_papers_form_replaces_the_activation(trained: tuple[Path, Any]) -> None:
+    folder, source = trained
+    options = {"sae": "sae", "most": 4, "form": "literal", "alpha": 1.5}
+    version = publish(folder, Atomic(), "lf_steering", {"pairs": contrasts()}, **options)
+    manifest, config = version.manifest, version.manifest.provenance.config
+    assert manifest.default_features == "all" and manifest.default_strength == 1
+    assert (config["form"], config["alpha"]) == ("literal", 1.5)
+    key: Any = config["key"]
+    features = lf_steering.Features(np.array(key["features"]), np.array(key["gains"], np.float32))
+    rows, sae = loaded(folder, version), loaded(folder, source)
+    assert len(rows.encoder) == len(sae.encoder) + 1 + sae.encoder.shape[1] + 2 * len(key["features"])
+    x = Atomic.rows(list(b"hello0world"))[1:].astype(np.float32)
+    steered = x + rows.encode(x) @ rows.decoder
+    np.testing.assert_allclose(steered, lf_steering.literal(sae, x, features, 1.5), atol=1e-4)
+
+
 def test_lf_steering_finds_the_layer_by_paraphrases_and_trains_there(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     stems = ["".join(rng.choice(list(LETTERS), 6)) for _ in range(120)]
@@ -222,6 +238,7 @@ def test_lf_steering_finds_the_layer_by_paraphrases_and_trains_there(tmp_path: P
         ({}, {"sae": "x", "layer": 1}, "options.layer is the SAE's own"),
         ({"texts": passages(2)}, {}, "paraphrases to find the layer"),
         ({}, {"sae": "x", "most": 129}, "less than or equal to 128"),
+        ({}, {"sae": "x", "alpha": 2.0}, "alpha is part of the literal form only"),
     ],
 )
 def test_lf_steering_needs_one_way_to_an_sae(data: dict[str, Any], options: dict[str, Any], word: str) -> None:
