@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from server.keys import SCOPES, Key, Scope
+from server.keys import Key
 
 SAFE = frozenset({"GET", "HEAD"})
 OPEN = "open"
@@ -60,9 +60,3 @@ def allows(key: Key, need: str) -> bool:
     if need == OPERATOR:
         return "admin" in key.scopes and key.tenant is None
     return need in (OPEN, ANY_KEY) or need in key.scopes
-
-
-def check_scope(key: Key, scope: Scope) -> bool:
-    """Whether a key has a scope that a field of a request needs, beside its route's."""
-    assert scope in SCOPES
-    return scope in key.scopes

@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/ are run, as they stand, against the session's server.
+"""The commands of README, CONTRIBUTING, SECURITY and docs/ are run, as they stand, against the session's server.
 
 A block of shell commands that can't be run here has `<!-- not run: why -->` before it. Blocks of Python that speak to
 the server are run, too. In a block, the address http://127.0.0.1:8000 becomes that of the server.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Server
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 ADDRESS = "http://127.0.0.1:8000"
 SHELL = {"bash", "sh", "shell", "console"}
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?^```(?P<language>\w+)\n(?P<code>.*?)^```", re.S | re.M)
