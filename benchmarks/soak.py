@@ -12,9 +12,10 @@ found, changed and deleted; uploads; captures; fits, half of them cancelled.
 
 A wrong receipt is one that counts other tokens than the request had, or names other facts. A leak is an answer that
 isn't, word for word, the one that the same request got alone; in float32, because in bfloat16 the text of a greedy
-answer may depend on what else is in its batch. Memory is the resident set of the server and all its children, once a
-second; its slope is fitted over the last two thirds, and growth.py says how. Exits with 1, and says why, where a bound
-is broken.
+answer may depend on what else is in its batch. Memory is what the server and all its children hold for themselves,
+once a second: not the pages of files, which the system takes away and gives back. Its slope is fitted over the last two
+thirds, and growth.py says how. Exits with 1, and says why, where a bound is broken. Writes results/soak.json and, unless
+--output says otherwise, the section of docs/operations.md.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-from environment import environment
+from environment import describe, environment
 from growth import slope
 from soak_traffic import Tally, Traffic
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
+PAGE = Path(__file__).parent.parent / "docs" / "operations.md"
+BEGIN, END = "<!-- soak -->\n", "<!-- end of soak -->\n"
 CONCURRENT = 16
 CAPACITY_SECONDS = 60
 SHARE = 0.8
@@ -60,7 +63,8 @@ class Memory:
             held: Counter[str] = Counter()
             for each in [self._process, *self._process.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
-                    held[each.name()] += each.memory_info().rss
+                    memory = each.memory_info()
+                    held[each.name()] += memory.rss - memory.shared
             if not held or not self._process.is_running():
                 raise RuntimeError("the server has ended")
             self.samples.append((time.monotonic(), dict(held)))
@@ -174,6 +178,29 @@ def faults(result: dict[str, Any]) -> list[str]:
     return broken
 
 
+def section(result: dict[str, Any]) -> str:
+    """What the page says of a run."""
+    memory, tail = result["memory"], result["p99_seconds_by_thirds"]
+    fives = sum(count for status, count in result["statuses"].items() if status.startswith("5"))
+    rows = {
+        "requests": f"{sum(result['statuses'].values()):,} in {result['minutes']:g} minutes; of the mix, "
+        f"{result['offered_requests_per_second']} began each second, and "
+        f"{result['capacity_requests_per_second']} is the most that was done",
+        "answers of 500 or more": str(fives),
+        "other answers that were not expected, broken streams": str(
+            sum(result["unexpected"].values()) + sum(result["broken"].values())
+        ),
+        "wrong receipts; texts that differ; facts lost": f"{result['wrong_receipts']}; {result['leaks']}; "
+        f"{result['lost_facts']}",
+        "99th percentile of completions, by thirds": ", ".join(f"{each:.2f} s" for each in tail),
+        "memory of the last two thirds": f"{memory['mib']:,.0f} MiB; slope {memory['mib_per_hour']:+.1f} MiB an hour, "
+        f"95% interval {memory['lowest']:+.1f} to {memory['highest']:+.1f}",
+        "bounds broken": "; ".join(result["faults"]) or "none",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"{describe(result['environment'])}:\n\n| | |\n|---|---|\n{table}"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
@@ -184,5 +211,9 @@ if __name__ == "__main__":
     result = asyncio.run(run(arguments))
     result["faults"] = faults(result)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.output == RESULTS:
+        text = PAGE.read_text("utf-8")
+        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}{section(result)}\n{END}{after}", "utf-8")
     print(json.dumps(result, indent=1))
     sys.exit(1 if result["faults"] else 0)
