@@ -14,8 +14,8 @@ A wrong receipt is one that counts other tokens than the request had, or names o
 isn't, word for word, the one that the same request got alone; in float32, because in bfloat16 the text of a greedy
 answer may depend on what else is in its batch. Memory is what the server and all its children hold for themselves,
 once a second: not the pages of files, which the system takes away and gives back. Its slope is fitted over the last two
-thirds, and growth.py says how. Exits with 1, and says why, where a bound is broken. Writes results/soak.json and, unless
---output says otherwise, the section of docs/operations.md.
+thirds, and growth.py says how. Exits with 1, and says why, where a bound is broken. Writes results/soak.json, and with
+it the section of docs/operations.md.
 """
 
 from __future__ import annotations
