@@ -225,7 +225,7 @@ class _Commit:
         publications: list[Publication] = []
 
         def publish() -> str:
-            publications.append(self.store.publish(name, manifest, files))
+            publications.append(self.store.publish(name, manifest, files, by=f"fit {self.running.job.id}"))
             return publications[0].version.ref
 
         self._succeed(publish)

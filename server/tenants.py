@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from server.api.errors import ApiError
-from server.request_context import current
-from steering_store import Alias, ArtifactVersion, AuditEntry, Page, Publication, Reference, Store, presets
+from server.request_context import ANYBODY, current
+from steering_store import Alias, ArtifactVersion, AuditEntry, Page, Problem, Publication, Reference, Store, presets
+from steering_store.audit import Stated
 from steering_store.errors import ArtifactNotFound
 from steering_store.labels import FeaturePage
 from steering_store.manifest import parse_manifest
@@ -49,6 +50,20 @@ def check_owned(name: str, param: str | None = "name") -> None:
         )
 
 
+def known(stated: Stated) -> Stated:
+    """What goes into the history: by whom is what the server knows, once there are keys, and what callers say of
+    themselves is a note."""
+    key = current().key
+    if key is ANYBODY:
+        return stated
+    return {"by": f"key {key.id} ({key.name})", "note": stated.get("by"), "reason": stated.get("reason")}
+
+
+def name_of(row: ArtifactVersion | Problem) -> str:
+    """The artifact of an entry of a list."""
+    return row.ref.partition("@")[0]
+
+
 class TenantStore:
     """The store as the tenant of the current request may use it. What isn't here, no route may do."""
 
@@ -57,9 +72,15 @@ class TenantStore:
         self.max_files, self.max_bytes = store.max_files, store.max_bytes
         self.incoming = store.incoming
 
-    def publish(self, name: str, manifest: str | bytes | Mapping[str, object], files: Mapping[str, Any]) -> Publication:
+    def publish(
+        self,
+        name: str,
+        manifest: str | bytes | Mapping[str, object],
+        files: Mapping[str, Any],
+        **stated: Unpack[Stated],
+    ) -> Publication:
         check_owned(check_name(name))
-        return self._store.publish(name, presets.pinned(parse_manifest(manifest), self.resolve), files)
+        return self._store.publish(name, presets.pinned(parse_manifest(manifest), self.resolve), files, **known(stated))
 
     def resolve(self, ref: str | Reference) -> ArtifactVersion:
         check_visible((parse_reference(ref) if isinstance(ref, str) else ref).name)
@@ -68,17 +89,21 @@ class TenantStore:
     def list_artifacts(
         self, *, kind: str | None = None, model: str | None = None, after: str | None = None, limit: int = 100
     ) -> Page:
-        tenant, found = current().key.tenant, list[ArtifactVersion]()
+        tenant, found = current().key.tenant, list[ArtifactVersion | Problem]()
         while True:
             page = self._store.list_artifacts(kind=kind, model=model, after=after, limit=limit + 1)
-            found += [version for version in page.items if visible(version.name, tenant)]
+            found += [row for row in page.rows if visible(name_of(row), tenant)]
             if len(found) > limit or not page.has_more:
                 return Page(found[:limit], has_more=len(found) > limit)
-            after = page.items[-1].name
+            after = name_of(page.rows[-1])
 
-    def versions(self, name: str, *, include_yanked: bool = False) -> list[ArtifactVersion]:
+    def version_page(self, name: str, *, after: int, limit: int) -> Page:
         check_visible(name)
-        return self._store.versions(name, include_yanked=include_yanked)
+        return self._store.version_page(name, include_yanked=True, after=after, limit=limit)
+
+    def head(self, name: str) -> ArtifactVersion:
+        check_visible(name)
+        return self._store.head(name)
 
     def find_features(self, version: ArtifactVersion, query: str = "", **page: Any) -> FeaturePage:
         check_visible(version.name)
@@ -88,38 +113,44 @@ class TenantStore:
         check_visible(version.name)
         return self._store.file_path(version, path)
 
-    def aliases(self, name: str) -> list[Alias]:
+    def aliases(self, name: str, *, after: str = "", limit: int) -> list[Alias]:
         check_visible(name)
-        return self._store.aliases(name)
+        return self._store.aliases(name, after=after, limit=limit)
 
-    def history(self, name: str, alias: str | None = None) -> list[AuditEntry]:
+    def alias(self, name: str, alias: str) -> Alias | None:
         check_visible(name)
-        return self._store.history(name, alias)
+        return self._store.alias(name, alias)
 
-    def set_alias(self, name: str, alias: str, version: int, **stated: Any) -> Alias:
+    def history(self, name: str, alias: str | None = None, *, after: int, limit: int) -> list[AuditEntry]:
+        check_visible(name)
+        return self._store.history(name, alias, after=after, limit=limit)
+
+    def set_alias(
+        self, name: str, alias: str, version: int, *, expected: str | None, **stated: Unpack[Stated]
+    ) -> Alias:
         check_visible(name)
         check_owned(name)
-        return self._store.set_alias(name, alias, version, **stated)
+        return self._store.set_alias(name, alias, version, expected=expected, **known(stated))
 
-    def delete_alias(self, name: str, alias: str, **stated: Any) -> None:
+    def delete_alias(self, name: str, alias: str, *, expected: str | None, **stated: Unpack[Stated]) -> None:
         check_visible(name)
         check_owned(name)
-        self._store.delete_alias(name, alias, **stated)
+        self._store.delete_alias(name, alias, expected=expected, **known(stated))
 
-    def yank(self, name: str, version: int, **stated: Any) -> ArtifactVersion:
+    def yank(self, name: str, version: int, **stated: Unpack[Stated]) -> ArtifactVersion:
         check_visible(name)
         check_owned(name)
-        return self._store.yank(name, version, **stated)
+        return self._store.yank(name, version, **known(stated))
 
-    def unyank(self, name: str, version: int, **stated: Any) -> ArtifactVersion:
+    def unyank(self, name: str, version: int, **stated: Unpack[Stated]) -> ArtifactVersion:
         check_visible(name)
         check_owned(name)
-        return self._store.unyank(name, version, **stated)
+        return self._store.unyank(name, version, **known(stated))
 
-    def delete_version(self, name: str, version: int, **stated: Any) -> None:
+    def delete_version(self, name: str, version: int, **stated: Unpack[Stated]) -> None:
         check_visible(name)
         check_owned(name)
-        self._store.delete_version(name, version, **stated)
+        self._store.delete_version(name, version, **known(stated))
 
 
 def cache_salt(salt: str | None) -> str | None:

@@ -69,6 +69,22 @@ def m002_aliases_yanks_and_audit(db: sqlite3.Connection) -> None:
     )
 
 
+def m003_notes_and_versions_that_leave(db: sqlite3.Connection) -> None:
+    """What callers say of themselves, beside who they are; and versions that are no more, whose files a lease needs."""
+    db.execute("ALTER TABLE audit ADD COLUMN note TEXT")
+    db.execute(
+        """
+        CREATE TABLE leaving (
+            name TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            digest TEXT NOT NULL,
+            manifest TEXT NOT NULL,
+            PRIMARY KEY (name, version)
+        ) STRICT
+        """
+    )
+
+
 def leases_m001(db: sqlite3.Connection) -> None:
     """Which digests somebody needs, and until when (seconds since the epoch)."""
     db.execute(
@@ -84,7 +100,11 @@ def leases_m001(db: sqlite3.Connection) -> None:
 
 
 Migrations = tuple[Callable[[sqlite3.Connection], None], ...]
-MIGRATIONS: Migrations = (m001_artifacts_and_versions, m002_aliases_yanks_and_audit)
+MIGRATIONS: Migrations = (
+    m001_artifacts_and_versions,
+    m002_aliases_yanks_and_audit,
+    m003_notes_and_versions_that_leave,
+)
 LEASE_MIGRATIONS: Migrations = (leases_m001,)
 
 

@@ -15,6 +15,7 @@ from steering_store.blobs import Blobs
 from steering_store.db import transaction
 from steering_store.errors import CorruptArtifact
 from steering_store.leases import Leases
+from steering_store.manifest import read_manifest
 from steering_store.records import version_of
 
 GRACE_SECONDS = 86400.0
@@ -64,8 +65,11 @@ def begin_grace(blobs: Blobs, row: sqlite3.Row) -> None:
 
 
 def _needed(db: sqlite3.Connection) -> set[str]:
-    """The digests (hex) of all files of all versions."""
+    """The digests (hex) of all files of all versions, and of those that a lease outlives."""
     needed: set[str] = set()
     for row in db.execute("SELECT * FROM versions"):
         needed.update(entry.sha256 for entry in version_of(row).manifest.files)
+    for row in db.execute("SELECT digest, manifest FROM leaving"):
+        if Leases.held(db, row["digest"]):
+            needed.update(entry.sha256 for entry in read_manifest(row["manifest"]).files)
     return needed

@@ -38,7 +38,8 @@ class Leases:
     def take(self, digest: str, holder: str, seconds: float) -> Lease:
         """Hold a digest, or hold it for longer. Raises ArtifactNotFound."""
         with self.with_versions() as db, transaction(db):
-            if db.execute("SELECT 1 FROM versions WHERE digest = ?", (digest,)).fetchone() is None:
+            known = "SELECT 1 FROM versions WHERE digest = ?1 UNION ALL SELECT 1 FROM leaving WHERE digest = ?1"
+            if db.execute(known, (digest,)).fetchone() is None:
                 raise ArtifactNotFound(f"no version has the digest {digest}; resolve the artifact again", "digest")
             lease = Lease(digest, holder, time.time() + seconds)
             db.execute(
@@ -68,6 +69,13 @@ class Leases:
             yield db
 
     @staticmethod
+    def held(db: sqlite3.Connection, digest: str) -> bool:
+        """Whether anybody holds a digest now; `db` is a connection of `with_versions`."""
+        query = "SELECT 1 FROM leases.leases WHERE digest = ? AND expires_at > ?"
+        return db.execute(query, (digest, time.time())).fetchone() is not None
+
+    @staticmethod
     def drop_expired(db: sqlite3.Connection) -> None:
-        """Forget the leases that have run out; `db` is a connection of `with_versions`."""
+        """Forget the leases that have run out, and versions that only they kept; `db` is as above."""
         db.execute("DELETE FROM leases.leases WHERE expires_at <= ?", (time.time(),))
+        db.execute("DELETE FROM leaving WHERE digest NOT IN (SELECT digest FROM leases.leases)")

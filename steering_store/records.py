@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +12,8 @@ from steering_store.blobs import Blobs
 from steering_store.errors import ArtifactNotFound, CorruptArtifact, InvalidManifest
 from steering_store.manifest import Manifest, digest_of, read_manifest
 from steering_store.reference import Reference, check_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,26 +44,40 @@ class Publication(NamedTuple):
     created: bool
 
 
-class Page(NamedTuple):
-    """A part of a list, and whether there is more behind it."""
-
-    items: list[ArtifactVersion]
-    has_more: bool
-
-
 class Problem(NamedTuple):
-    """Something that `verify` found: the version, the file (None: the manifest), and what to do."""
+    """Something that is damaged: the version, the file (None: the manifest), and what to do."""
 
     ref: str
     file: str | None
     message: str
 
 
+class Page(NamedTuple):
+    """A part of a list, in order, and whether there is more behind it.
+
+    A version that is damaged is in it as a Problem: named, so that one of them hides no other, and never served.
+    """
+
+    rows: list[ArtifactVersion | Problem]
+    has_more: bool
+
+    @property
+    def items(self) -> list[ArtifactVersion]:
+        """Those that are whole."""
+        return [row for row in self.rows if isinstance(row, ArtifactVersion)]
+
+    @property
+    def damaged(self) -> list[Problem]:
+        """Those that aren't."""
+        return [row for row in self.rows if isinstance(row, Problem)]
+
+
 @dataclass(frozen=True)
 class AuditEntry:
-    """Who (`by`) did what, when (UTC) and why. `action` is set_alias, delete_alias, yank, unyank or delete.
+    """Who (`by`) did what, when (UTC) and why. `action` is publish, set_alias, delete_alias, yank, unyank or delete.
 
-    An alias went from `from_version` to `to_version`; None is no alias. A yanked or deleted version is `from_version`.
+    An alias went from `from_version` to `to_version`; None is no alias. A yanked or deleted version is `from_version`,
+    and a published one `to_version`. `note` is what the caller said of itself where `by` is what the server knows.
     """
 
     id: int
@@ -71,6 +88,7 @@ class AuditEntry:
     to_version: int | None
     at: datetime
     by: str | None
+    note: str | None
     reason: str | None
 
 
@@ -110,6 +128,21 @@ def version_of(row: sqlite3.Row) -> ArtifactVersion:
         row["yanked_at"] is not None,
         row["yank_reason"],
     )
+
+
+def listed(row: sqlite3.Row) -> ArtifactVersion | Problem:
+    """A row as it is in a list: one that is damaged hides no other, and is logged."""
+    try:
+        return version_of(row)
+    except (CorruptArtifact, InvalidManifest) as exc:
+        problem = Problem(f"{row['name']}@{row['version']}", None, exc.message)
+        log.error("damaged artifact: %s", exc.message)
+        return problem
+
+
+def page_of(rows: list[sqlite3.Row], limit: int) -> Page:
+    """A page of the rows that a query found which asked for one more than `limit`."""
+    return Page([listed(row) for row in rows[:limit]], has_more=len(rows) > limit)
 
 
 def problems_of(row: sqlite3.Row, blobs: Blobs) -> list[Problem]:

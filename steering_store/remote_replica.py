@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Unpack
 
 from steering_store import aliases
 from steering_store.aliases import Alias
+from steering_store.audit import Stated
 from steering_store.blobs import StagedFile, fsync
 from steering_store.db import connect, transaction
-from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, StoreBusy, StoreError
+from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, StoreError
 from steering_store.holders import holders
 from steering_store.manifest import Manifest, canonical_json, digest_of, parse_manifest
 from steering_store.presets import references
@@ -64,8 +66,7 @@ class RemoteBackedStore(Store):
 
     def refresh(self) -> None:
         """Learn what has happened in the remote store since the last time."""
-        with self._locked(), suppress(InUse):
-            # A version that a lease holds here goes when that ends; what happened after it waits so long.
+        with self._locked():
             self._catch_up()
         self._refreshed_at = time.monotonic()
 
@@ -77,8 +78,11 @@ class RemoteBackedStore(Store):
             while not ended.wait(seconds):
                 try:
                     self.refresh()
-                except StoreError as exc:
+                except (StoreError, OSError) as exc:
                     log.warning("what others publish isn't seen for now: %s", exc)
+                except Exception:
+                    # A thread that ended would do so unseen, and this server never hear of anything again.
+                    log.exception("what others publish isn't seen for now")
 
         thread = threading.Thread(target=until_ended, name="remote-store", daemon=True)
         thread.start()
@@ -100,41 +104,34 @@ class RemoteBackedStore(Store):
         return super().resolve(ref)
 
     def set_alias(
-        self,
-        name: str,
-        alias: str,
-        version: int,
-        *,
-        expected: str | None = None,
-        by: str | None = None,
-        reason: str | None = None,
+        self, name: str, alias: str, version: int, *, expected: str | None = None, **stated: Unpack[Stated]
     ) -> Alias:
         """As in a local store. Raises RemoteUnavailable too."""
         check_alias(alias)
 
         def attempt(db: sqlite3.Connection) -> Event | None:
             before = aliases.find(db, name, alias)
-            if aliases.move(db, name, alias, version, expected=expected, by=by, reason=reason) == before:
+            if aliases.move(db, name, alias, version, expected=expected, **stated) == before:
                 return None
-            return new_event("set_alias", name, alias=alias, version=version, by=by, reason=reason)
+            return new_event("set_alias", name, alias=alias, version=version, **stated)
 
         self._change(attempt)
-        return next(each for each in self.aliases(name) if each.alias == alias)
+        moved = self.alias(name, alias)
+        assert moved is not None
+        return moved
 
-    def delete_alias(
-        self, name: str, alias: str, *, expected: str | None = None, by: str | None = None, reason: str | None = None
-    ) -> None:
+    def delete_alias(self, name: str, alias: str, *, expected: str | None = None, **stated: Unpack[Stated]) -> None:
         """As in a local store. Raises RemoteUnavailable too."""
         check_alias(alias)
 
         def attempt(db: sqlite3.Connection) -> Event | None:
             before = aliases.find(db, name, alias)
-            aliases.remove(db, name, alias, expected=expected, by=by, reason=reason)
-            return None if before is None else new_event("delete_alias", name, alias=alias, by=by, reason=reason)
+            aliases.remove(db, name, alias, expected=expected, **stated)
+            return None if before is None else new_event("delete_alias", name, alias=alias, **stated)
 
         self._change(attempt)
 
-    def delete_version(self, name: str, version: int, *, by: str | None = None, reason: str | None = None) -> None:
+    def delete_version(self, name: str, version: int, **stated: Unpack[Stated]) -> None:
         """As in a local store, but the leases that count are this machine's. Raises RemoteUnavailable too."""
 
         def attempt(db: sqlite3.Connection) -> Event:
@@ -144,22 +141,24 @@ class RemoteBackedStore(Store):
                 raise InUse(
                     f"{name}@{version} is held by {held}; end them first, or yank it", "version", holders=held_by
                 )
-            return new_event("delete", name, version=version, by=by, reason=reason)
+            return new_event("delete", name, version=version, **stated)
 
         self._change(attempt)
 
     def _set_yanked(
-        self, name: str, version: int, action: str, at: str | None, by: str | None, reason: str | None
+        self, name: str, version: int, action: str, at: str | None, **stated: Unpack[Stated]
     ) -> ArtifactVersion:
         def attempt(db: sqlite3.Connection) -> Event | None:
             if (find_row(db, Reference(name, version))["yanked_at"] is None) == (at is None):
                 return None
-            return new_event(action, name, version=version, by=by, reason=reason)
+            return new_event(action, name, version=version, **stated)
 
         self._change(attempt)
         return super().resolve(Reference(name, version))
 
-    def _insert(self, name: str, manifest: Manifest, staged: Mapping[str, StagedFile]) -> Publication:
+    def _insert(
+        self, name: str, manifest: Manifest, staged: Mapping[str, StagedFile], **stated: Unpack[Stated]
+    ) -> Publication:
         text = canonical_json(manifest)
         digest = digest_of(text)
         for entry in manifest.files:
@@ -175,7 +174,9 @@ class RemoteBackedStore(Store):
             created = known is None
             last = db.execute("SELECT last_version FROM artifacts WHERE name = ?", (name,)).fetchone()
             number = 1 if last is None else last[0] + 1
-            return new_event("publish", name, version=number, digest=digest) if created else None
+            if not created:
+                return None
+            return new_event("publish", name, version=number, digest=digest, **stated)
 
         self._change(attempt)
         for file in staged.values():
@@ -188,10 +189,7 @@ class RemoteBackedStore(Store):
         in the database; again where another machine was first."""
         with self._locked():
             while True:
-                try:
-                    self._catch_up()
-                except InUse as exc:
-                    raise StoreBusy(f"a version was deleted elsewhere while it is needed here: {exc.message}") from exc
+                self._catch_up()
                 with self._undone() as db:
                     event = attempt(db)
                 if event is None or self._remote.append(self._position() + 1, event):
@@ -207,53 +205,68 @@ class RemoteBackedStore(Store):
 
     def _apply(self, event: Event) -> None:
         """Do here what happened there. Doing the last event again, after a crash, changes nothing."""
-        name, version, stated = event.name, event.version or 0, {"by": event.by, "reason": event.reason}
+        name, version = event.name, event.version or 0
         match event.action:
             case "publish":
                 self._apply_publication(event)
             case "delete":
                 with suppress(ArtifactNotFound):
-                    super().delete_version(name, version, **stated)
+                    self._apply_deletion(event)
             case "yank" | "unyank":
                 at = event.at.isoformat() if event.action == "yank" else None
-                super()._set_yanked(name, version, event.action, at, event.by, event.reason)
+                super()._set_yanked(name, version, event.action, at, **event.stated)
             case "set_alias":
-                super().set_alias(name, event.alias or "", version, **stated)
+                super().set_alias(name, event.alias or "", version, **event.stated)
             case "delete_alias":
                 with suppress(ArtifactNotFound):
-                    super().delete_alias(name, event.alias or "", **stated)
+                    super().delete_alias(name, event.alias or "", **event.stated)
         self._date(event)
 
     def _apply_publication(self, event: Event) -> None:
         assert event.digest is not None
         manifest = parse_manifest(self._remote.manifest(event.digest))
-        version = super()._insert(event.name, manifest, {}).version
+        version = super()._insert(event.name, manifest, {}, **event.stated).version
         if (version.version, version.digest) != (event.version, event.digest):
             raise CorruptArtifact(
                 f"{event.name}@{event.version} of {self._remote.url} would be version {version.version} here; remove "
                 f"the folder {self._root.name!r}, which is only a copy, and start again"
             )
 
+    def _apply_deletion(self, event: Event) -> None:
+        """Elsewhere nobody knows of the leases here: the version is gone, and only its files wait for their end."""
+        with self._leases.with_versions() as db, transaction(db):
+            row = find_row(db, Reference(event.name, event.version))
+            if self._leases.held(db, row["digest"]):
+                db.execute(
+                    "INSERT OR REPLACE INTO leaving VALUES (?, ?, ?, ?)",
+                    (row["name"], row["version"], row["digest"], row["manifest"]),
+                )
+            self._drop(db, row, **event.stated)
+
     def _date(self, event: Event) -> None:
         """It happened when it happened, not when this machine heard of it."""
         at = event.at.isoformat()
         with connect(self._database) as db, transaction(db):
+            db.execute("UPDATE audit SET at = ? WHERE id = (SELECT MAX(id) FROM audit)", (at,))
             if event.action == "publish":
                 db.execute(
                     "UPDATE versions SET created_at = ? WHERE name = ? AND version = ?", (at, event.name, event.version)
                 )
-            else:
-                db.execute("UPDATE audit SET at = ? WHERE id = (SELECT MAX(id) FROM audit)", (at,))
 
     def _position(self) -> int:
         """How many events this folder has seen. Raises StoreError for a folder of another remote store."""
         try:
             seen = json.loads((self._root / "remote.json").read_text("utf-8"))
+            url, events = str(seen["url"]), int(seen["events"])
         except FileNotFoundError:
             return 0
-        if seen["url"] != self._remote.url:
-            raise StoreError(f"{self._root.name!r} is a copy of {seen['url']}, not of {self._remote.url}", "store")
-        return int(seen["events"])
+        except (ValueError, TypeError, KeyError) as exc:
+            raise CorruptArtifact(
+                f"{self._root.name}/remote.json can't be read ({exc!r}); remove that folder, which is only a copy"
+            ) from exc
+        if url != self._remote.url:
+            raise StoreError(f"{self._root.name!r} is a copy of {url}, not of {self._remote.url}", "store")
+        return events
 
     def _record(self, position: int) -> None:
         temporary = self._root / "remote.json.new"

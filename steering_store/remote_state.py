@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, PositiveInt
 
+from steering_store.audit import Stated
 from steering_store.errors import ArtifactNotFound, CorruptArtifact
 from steering_store.manifest import Digest
 from steering_store.reference import Reference
@@ -19,7 +20,7 @@ class Event(BaseModel):
     """One thing that happened. `nonce` tells a writer whether the event that it finds is its own.
 
     publish has `version` and `digest`; delete, yank and unyank have `version`; set_alias has `alias` and `version`;
-    delete_alias has `alias`. `by` and `reason` say who did it, and why.
+    delete_alias has `alias`. `by`, `note` and `reason` say who did it, and why.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,9 +31,14 @@ class Event(BaseModel):
     digest: Digest | None = None
     alias: str | None = None
     by: str | None = None
+    note: str | None = None
     reason: str | None = None
     at: AwareDatetime
     nonce: str
+
+    @property
+    def stated(self) -> Stated:
+        return {"by": self.by, "note": self.note, "reason": self.reason}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Unpack
 
 from steering_store import aliases, audit, garbage, presets
 from steering_store.aliases import Alias
+from steering_store.audit import Stated
 from steering_store.blobs import Blobs, Incoming, Source, StagedFile, check_hash, corrupt
 from steering_store.db import connect, migrate, transaction
 from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, InvalidManifest, InvalidTensor, TooLarge
@@ -32,12 +34,16 @@ from steering_store.records import (
     Problem,
     Publication,
     find_row,
+    listed,
     not_found,
+    page_of,
     problems_of,
     version_of,
 )
 from steering_store.reference import Reference, check_alias, check_file_path, check_name, parse_reference
 from steering_store.tensors import Tensor, check_tensors, read_hashed, read_tensors
+
+ALL = (1 << 62) - 1
 
 
 class Store:
@@ -53,7 +59,11 @@ class Store:
         self._remembered: Remembered[ArtifactVersion] = Remembered(self._database)
 
     def publish(
-        self, name: str, manifest: Manifest | Mapping[str, object] | str | bytes, files: Mapping[str, Source]
+        self,
+        name: str,
+        manifest: Manifest | Mapping[str, object] | str | bytes,
+        files: Mapping[str, Source],
+        **stated: Unpack[Stated],
     ) -> Publication:
         """Publish files (by their path in the artifact) as the next version of `name`; all of it, or nothing.
 
@@ -71,7 +81,7 @@ class Store:
         with ExitStack() as cleanup:
             staged = self._stage(files, cleanup)
             _check_content(draft, staged)
-            return self._insert(name, _with_files(draft, staged), staged)
+            return self._insert(name, _with_files(draft, staged), staged, **stated)
 
     def incoming(self) -> Incoming:
         """A file of the store to write an upload to, which `publish` then takes without another copy. Close it."""
@@ -97,22 +107,49 @@ class Store:
                 SELECT name, MAX(version) AS version FROM versions WHERE name > ?1 AND yanked_at IS NULL GROUP BY name
             ) USING (name, version)
             WHERE (?2 IS NULL OR kind = ?2) AND (
-                ?3 IS NULL OR ?3 IN (manifest ->> '$.model.name', manifest ->> '$.model.architecture')
+                ?3 IS NULL OR CASE WHEN json_valid(manifest)
+                THEN ?3 IN (manifest ->> '$.model.name', manifest ->> '$.model.architecture') ELSE TRUE END
             ) ORDER BY name LIMIT ?4
         """
         with connect(self._database) as db:
             rows = db.execute(query, (after or "", kind, model, limit + 1)).fetchall()
-        return Page([version_of(row) for row in rows[:limit]], has_more=len(rows) > limit)
+        return page_of(rows, limit)
 
     def versions(self, name: str, *, include_yanked: bool = False) -> list[ArtifactVersion]:
-        """The versions of an artifact, oldest first. Raises InvalidName, or ArtifactNotFound where there is none."""
-        check_name(name)
-        query = "SELECT * FROM versions WHERE name = ? AND (? OR yanked_at IS NULL) ORDER BY version"
-        with connect(self._database) as db:
-            rows = db.execute(query, (name, include_yanked)).fetchall()
-        if not rows:
+        """The versions of an artifact that are whole, oldest first.
+
+        Raises InvalidName, or ArtifactNotFound where there is none.
+        """
+        page = self.version_page(name, include_yanked=include_yanked, limit=ALL)
+        if not page.rows:
             raise not_found(Reference(name))
-        return [version_of(row) for row in rows]
+        return page.items
+
+    def version_page(self, name: str, *, include_yanked: bool = False, after: int = 0, limit: int = 100) -> Page:
+        """Versions of an artifact, oldest first, beginning behind the number `after`. Raises InvalidName."""
+        check_name(name)
+        query = "SELECT * FROM versions WHERE name = ? AND version > ? AND (? OR yanked_at IS NULL) ORDER BY version"
+        with connect(self._database) as db:
+            rows = db.execute(query + " LIMIT ?", (name, after, include_yanked, limit + 1)).fetchall()
+        return page_of(rows, limit)
+
+    def head(self, name: str) -> ArtifactVersion:
+        """What to show of an artifact: its highest version that is whole and not yanked, or else its highest whole one.
+
+        Raises InvalidName, ArtifactNotFound, or CorruptArtifact where all are damaged.
+        """
+        check_name(name)
+        problem = None
+        with connect(self._database) as db:
+            query = "SELECT * FROM versions WHERE name = ? ORDER BY yanked_at IS NOT NULL, version DESC"
+            for row in db.execute(query, (name,)):
+                found = listed(row)
+                if isinstance(found, ArtifactVersion):
+                    return found
+                problem = problem or found
+        if problem is None:
+            raise not_found(Reference(name))
+        raise CorruptArtifact(problem.message, "manifest")
 
     def file_path(self, version: ArtifactVersion, path: str) -> Path:
         """Where a file of a version lies, its bytes verified just now. Raises ArtifactNotFound or CorruptArtifact."""
@@ -170,23 +207,22 @@ class Store:
             rows = db.execute(query).fetchall() if ref is None else [find_row(db, _reference(ref))]
         return [problem for row in rows for problem in problems_of(row, self._blobs)]
 
-    def aliases(self, name: str) -> list[Alias]:
-        """The aliases of an artifact, in order, each with the etag that a later move is compared with.
+    def aliases(self, name: str, *, after: str = "", limit: int = ALL) -> list[Alias]:
+        """The aliases of an artifact, in order, each with the etag that a later move is compared with: those behind
+        `after`, and at most `limit` of them.
 
         Raises InvalidName or ArtifactNotFound.
         """
         with self._artifact(name) as db:
-            return aliases.of_artifact(db, name)
+            return aliases.of_artifact(db, name, after=after, limit=limit)
+
+    def alias(self, name: str, alias: str) -> Alias | None:
+        """One alias of an artifact, or None. Raises InvalidName or ArtifactNotFound."""
+        with self._artifact(name) as db:
+            return aliases.find(db, name, alias)
 
     def set_alias(
-        self,
-        name: str,
-        alias: str,
-        version: int,
-        *,
-        expected: str | None = None,
-        by: str | None = None,
-        reason: str | None = None,
+        self, name: str, alias: str, version: int, *, expected: str | None = None, **stated: Unpack[Stated]
     ) -> Alias:
         """Point an alias at a version, if it is still in the state that the caller has seen.
 
@@ -196,38 +232,37 @@ class Store:
         """
         check_alias(alias)
         with connect(self._database) as db, transaction(db):
-            return aliases.move(db, name, alias, version, expected=expected, by=by, reason=reason)
+            return aliases.move(db, name, alias, version, expected=expected, **stated)
 
-    def delete_alias(
-        self, name: str, alias: str, *, expected: str | None = None, by: str | None = None, reason: str | None = None
-    ) -> None:
+    def delete_alias(self, name: str, alias: str, *, expected: str | None = None, **stated: Unpack[Stated]) -> None:
         """Delete an alias, if it has the etag `expected` (None: in any case).
 
         Raises InvalidName, ArtifactNotFound or PreconditionFailed.
         """
         check_alias(alias)
         with self._artifact(name) as db, transaction(db):
-            aliases.remove(db, name, alias, expected=expected, by=by, reason=reason)
+            aliases.remove(db, name, alias, expected=expected, **stated)
 
-    def history(self, name: str, alias: str | None = None) -> list[AuditEntry]:
-        """The audit trail of an artifact: moves of aliases, yanks and deletions, oldest first.
+    def history(self, name: str, alias: str | None = None, *, after: int = 0, limit: int = ALL) -> list[AuditEntry]:
+        """The audit trail of an artifact: publications, moves of aliases, yanks and deletions, oldest first: those
+        behind the entry with the id `after`, and at most `limit` of them.
 
         Raises InvalidName or ArtifactNotFound.
         """
         with self._artifact(name) as db:
-            return audit.entries(db, name, alias)
+            return audit.entries(db, name, alias, after=after, limit=limit)
 
-    def yank(self, name: str, version: int, *, by: str | None = None, reason: str | None = None) -> ArtifactVersion:
+    def yank(self, name: str, version: int, **stated: Unpack[Stated]) -> ArtifactVersion:
         """Hide a version from lists and from `name` without a ref; its number, its digest and aliases that point at it
         still find it. Yanking it again changes nothing. Raises InvalidName or ArtifactNotFound."""
         now = datetime.now(UTC).isoformat()
-        return self._set_yanked(name, version, "yank", now, by, reason)
+        return self._set_yanked(name, version, "yank", now, **stated)
 
-    def unyank(self, name: str, version: int, *, by: str | None = None, reason: str | None = None) -> ArtifactVersion:
+    def unyank(self, name: str, version: int, **stated: Unpack[Stated]) -> ArtifactVersion:
         """Show a yanked version again. Raises InvalidName or ArtifactNotFound."""
-        return self._set_yanked(name, version, "unyank", None, by, reason)
+        return self._set_yanked(name, version, "unyank", None, **stated)
 
-    def delete_version(self, name: str, version: int, *, by: str | None = None, reason: str | None = None) -> None:
+    def delete_version(self, name: str, version: int, **stated: Unpack[Stated]) -> None:
         """Delete a version for good. Its number is never given again; its files go with the next garbage collection.
 
         Raises InvalidName, ArtifactNotFound, or InUse while an alias, a preset or a lease holds it.
@@ -240,9 +275,7 @@ class Store:
                     "version",
                     holders=held_by,
                 )
-            audit.record(db, name, "delete", before=version, by=by, reason=reason)
-            db.execute("DELETE FROM versions WHERE name = ? AND version = ?", (name, version))
-            garbage.begin_grace(self._blobs, row)
+            self._drop(db, row, **stated)
 
     def lease(self, digest: str, holder: str, seconds: float) -> Lease:
         """Keep the versions with this digest from deletion for some seconds; again, to keep them for longer.
@@ -268,7 +301,9 @@ class Store:
             room -= staged[path].size
         return staged
 
-    def _insert(self, name: str, manifest: Manifest, staged: Mapping[str, StagedFile]) -> Publication:
+    def _insert(
+        self, name: str, manifest: Manifest, staged: Mapping[str, StagedFile], **stated: Unpack[Stated]
+    ) -> Publication:
         text = canonical_json(manifest)
         now = datetime.now(UTC).isoformat()
         row = (name, digest_of(text), manifest.kind, text.decode(), now)
@@ -291,18 +326,25 @@ class Store:
                 "VALUES (?, ?, ?, ?, ?, ?) RETURNING *",
                 (name, number, *row[1:]),
             ).fetchone()
+            audit.record(db, name, "publish", after=number, **stated)
         return Publication(version_of(added), created=True)
 
+    def _drop(self, db: sqlite3.Connection, row: sqlite3.Row, **stated: Unpack[Stated]) -> None:
+        name, version = row["name"], row["version"]
+        audit.record(db, name, "delete", before=version, **stated)
+        db.execute("DELETE FROM versions WHERE name = ? AND version = ?", (name, version))
+        garbage.begin_grace(self._blobs, row)
+
     def _set_yanked(
-        self, name: str, version: int, action: str, at: str | None, by: str | None, reason: str | None
+        self, name: str, version: int, action: str, at: str | None, **stated: Unpack[Stated]
     ) -> ArtifactVersion:
         reference = Reference(name, version)
         with connect(self._database) as db, transaction(db):
             if (find_row(db, reference)["yanked_at"] is None) != (at is None):
-                audit.record(db, name, action, before=version, after=version, by=by, reason=reason)
+                audit.record(db, name, action, before=version, after=version, **stated)
                 db.execute(
                     "UPDATE versions SET yanked_at = ?, yank_reason = ? WHERE name = ? AND version = ?",
-                    (at, reason if at else None, name, version),
+                    (at, stated.get("reason") if at else None, name, version),
                 )
             return version_of(find_row(db, reference))
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
 
 from server.api.artifact_models import (
     AliasList,
     AliasTarget,
     History,
     HistoryEntry,
+    Limit,
     StoreDep,
     VersionAlias,
     Words,
 )
+from server.api.artifacts import LARGEST
 from server.api.errors import ApiError, EnvelopeRoute
 from server.api.etags import ANY, quoted, tags
 from server.tenants import TenantStore
@@ -23,15 +27,19 @@ router = APIRouter(prefix="/v1/artifacts/{name}", tags=["artifacts"], route_clas
 
 
 @router.get("/aliases", operation_id="list_aliases", response_model_exclude_none=True)
-def list_aliases(store: StoreDep, name: str) -> AliasList:
-    """List the aliases of an artifact."""
-    return AliasList(data=[VersionAlias.of(alias) for alias in store.aliases(name)])
+def list_aliases(
+    store: StoreDep, name: str, after: Annotated[str, Query(max_length=64)] = "", limit: Limit = 100
+) -> AliasList:
+    """List the aliases of an artifact by name."""
+    found = store.aliases(name, after=after, limit=limit + 1)
+    data = [VersionAlias.of(alias) for alias in found[:limit]]
+    return AliasList(data=data, last_id=data[-1].alias if data else None, has_more=len(found) > limit)
 
 
 @router.get("/aliases/{alias}", operation_id="get_alias", response_model_exclude_none=True)
 def get_alias(store: StoreDep, name: str, alias: str, response: Response) -> VersionAlias:
     """Read an alias; its ETag is what a move is compared with."""
-    found = _find(store, name, alias)
+    found = store.alias(name, alias)
     if found is None:
         raise ArtifactNotFound(f"no alias {alias!r} of {name!r}; list its aliases to see which there are", "alias")
     return _answer(found, response)
@@ -69,13 +77,17 @@ def delete_alias(
 
 
 @router.get("/history", operation_id="get_history", response_model_exclude_none=True)
-def get_history(store: StoreDep, name: str, alias: str | None = None) -> History:
-    """Read who moved aliases, yanked and deleted, when and why; of one alias, or of all of the artifact."""
-    return History(data=[HistoryEntry.of(entry) for entry in store.history(name, alias)])
-
-
-def _find(store: TenantStore, name: str, alias: str) -> Alias | None:
-    return next((each for each in store.aliases(name) if each.alias == alias), None)
+def get_history(
+    store: StoreDep,
+    name: str,
+    alias: str | None = None,
+    after: Annotated[int, Query(ge=0, le=LARGEST)] = 0,
+    limit: Limit = 100,
+) -> History:
+    """Read who published, moved aliases, yanked and deleted, when and why; of one alias, or of all of the artifact."""
+    found = store.history(name, alias, after=after, limit=limit + 1)
+    data = [HistoryEntry.of(entry) for entry in found[:limit]]
+    return History(data=data, last_id=data[-1].id if data else None, has_more=len(found) > limit)
 
 
 def _answer(alias: Alias, response: Response) -> VersionAlias:
@@ -92,7 +104,7 @@ def _expected(request: Request, store: TenantStore, name: str, alias: str) -> st
         return ABSENT
     if match is None:
         return None
-    current = _find(store, name, alias)
+    current = store.alias(name, alias)
     if match.strip() == ANY:
         if current is None:
             raise ApiError(412, f"no alias {alias!r} of {name!r}, and If-Match: * needs one", "alias")

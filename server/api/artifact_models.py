@@ -5,14 +5,15 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.tenants import TenantStore
-from steering_store import Alias, ArtifactVersion, AuditEntry, Manifest
+from steering_store import Alias, ArtifactVersion, AuditEntry, Manifest, Problem
 from steering_store.manifest import Kind
 
 Words = Annotated[str, Field(max_length=1000)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 class Artifact(BaseModel):
@@ -38,11 +39,23 @@ class Artifact(BaseModel):
         )
 
 
+class Damaged(BaseModel):
+    """A version that can't be read, and so isn't served: `name@version`, and what to do."""
+
+    id: str
+    message: str
+
+    @classmethod
+    def of(cls, problem: Problem) -> Damaged:
+        return cls(id=problem.ref, message=problem.message)
+
+
 class ArtifactList(BaseModel):
-    """A page of artifacts; pass `last_id` as `after` for the next."""
+    """A page of artifacts; pass `last_id` as `after` for the next. A damaged one is only named."""
 
     object: Literal["list"] = "list"
     data: list[Artifact]
+    damaged: list[Damaged]
     first_id: str | None
     last_id: str | None
     has_more: bool
@@ -76,7 +89,8 @@ class Version(BaseModel):
 
 
 class VersionAlias(BaseModel):
-    """A movable name of a version; `etag` is what `If-Match` of a move is compared with."""
+    """A movable name of a version; `etag` is what `If-Match` of a move is compared with. `by` and `note` are the
+    history's."""
 
     id: str
     object: Literal["artifact.alias"] = "artifact.alias"
@@ -86,6 +100,7 @@ class VersionAlias(BaseModel):
     etag: str
     moved_at: datetime
     by: str | None = None
+    note: str | None = None
     reason: str | None = None
 
     @classmethod
@@ -94,31 +109,42 @@ class VersionAlias(BaseModel):
 
 
 class AliasList(BaseModel):
-    """All aliases of an artifact."""
+    """Aliases of an artifact by name; pass `last_id` as `after` for the next."""
 
     object: Literal["list"] = "list"
     data: list[VersionAlias]
+    last_id: str | None
+    has_more: bool
 
 
 class ArtifactVersions(Artifact):
-    """An artifact with its versions, oldest first, and its aliases. Yanked versions are in it, and say so; where all
-    are, there is no `latest_version`.
+    """An artifact with a page of its versions, oldest first, and the first of its aliases. Yanked versions are in it,
+    and say so; where all are, there is no `latest_version`. Pass `last_version` as `after` for the next.
     """
 
     versions: list[Version]
+    damaged: list[Damaged]
+    last_version: int | None
+    has_more: bool
     aliases: list[VersionAlias]
+    more_aliases: bool
 
 
 class HistoryEntry(BaseModel):
-    """Who did what, when and why. `action` is set_alias, delete_alias, yank, unyank or delete."""
+    """Who did what, when and why. `action` is publish, set_alias, delete_alias, yank, unyank or delete.
+
+    Where there are keys, `by` is the caller's key, and `note` what the caller said of itself.
+    """
 
     object: Literal["artifact.event"] = "artifact.event"
+    id: int
     action: str
     alias: str | None = None
     from_version: int | None = None
     to_version: int | None = None
     at: datetime
     by: str | None = None
+    note: str | None = None
     reason: str | None = None
 
     @classmethod
@@ -127,10 +153,12 @@ class HistoryEntry(BaseModel):
 
 
 class History(BaseModel):
-    """The audit trail of an artifact, oldest first."""
+    """A page of the audit trail of an artifact, oldest first; pass `last_id` as `after` for the next."""
 
     object: Literal["list"] = "list"
     data: list[HistoryEntry]
+    last_id: int | None
+    has_more: bool
 
 
 class Change(BaseModel):

@@ -12,6 +12,8 @@ from server.api.artifact_models import (
     ArtifactList,
     ArtifactVersions,
     Change,
+    Damaged,
+    Limit,
     StoreDep,
     Version,
     VersionAlias,
@@ -20,7 +22,7 @@ from server.api.artifact_models import (
 from server.api.errors import ApiError, EnvelopeRoute
 from server.api.etags import ANY, is_known, quoted
 from server.api.uploads import read_upload
-from server.tenants import TenantStore
+from server.tenants import TenantStore, name_of
 from steering_store import ArtifactVersion, Page, Reference, parse_reference
 from steering_store.manifest import Kind, json_schema
 from steering_store.reference import LATEST
@@ -28,6 +30,8 @@ from steering_store.reference import LATEST
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"], route_class=EnvelopeRoute)
 
 REVALIDATE = "no-cache"
+LARGEST = (1 << 63) - 1
+"""The largest integer of SQLite."""
 
 _MULTIPART = {
     "requestBody": {
@@ -55,18 +59,19 @@ def list_artifacts(
     model: str | None = None,
     prefix: Annotated[str, Query(max_length=64, pattern="^[a-z0-9._-]*$")] = "",
     after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    limit: Limit = 100,
 ) -> ArtifactList:
     """List the artifacts by name, each as of its highest version that isn't yanked.
 
     `model` is a name or an architecture as manifests write it, and `prefix` the beginning of artifacts' names.
     """
     page = list_prefix(store, prefix, kind=kind, model=model, after=after, limit=limit)
-    data = [Artifact.of(version) for version in page.items]
+    names = [name_of(row) for row in page.rows]
     return ArtifactList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
+        data=[Artifact.of(version) for version in page.items],
+        damaged=[Damaged.of(problem) for problem in page.damaged],
+        first_id=names[0] if names else None,
+        last_id=names[-1] if names else None,
         has_more=page.has_more,
     )
 
@@ -78,14 +83,23 @@ def get_manifest_schema() -> dict[str, Any]:
 
 
 @router.get("/{name}", operation_id="get_artifact", response_model_exclude_none=True)
-def get_artifact(store: StoreDep, name: str) -> ArtifactVersions:
-    """Read an artifact with all its versions and aliases."""
-    versions = store.versions(name, include_yanked=True)
-    latest = next((version for version in reversed(versions) if not version.yanked), versions[-1])
+def get_artifact(
+    store: StoreDep,
+    name: str,
+    after: Annotated[int, Query(ge=0, le=LARGEST)] = 0,
+    limit: Annotated[int, Query(ge=1, le=100)] = 100,
+) -> ArtifactVersions:
+    """Read an artifact with its versions, those behind the number `after` and at most `limit`, and so many aliases."""
+    head, page = store.head(name), store.version_page(name, after=after, limit=limit)
+    aliases = store.aliases(name, limit=limit + 1)
     return ArtifactVersions(
-        **Artifact.of(latest).model_dump(),
-        versions=[Version.of(version) for version in versions],
-        aliases=[VersionAlias.of(alias) for alias in store.aliases(name)],
+        **Artifact.of(head).model_dump(),
+        versions=[Version.of(version) for version in page.items],
+        damaged=[Damaged.of(problem) for problem in page.damaged],
+        last_version=int(page.rows[-1].ref.partition("@")[2]) if page.rows else None,
+        has_more=page.has_more,
+        aliases=[VersionAlias.of(alias) for alias in aliases[:limit]],
+        more_aliases=len(aliases) > limit,
     )
 
 
@@ -115,13 +129,22 @@ def get_artifact_version(store: StoreDep, name: str, ref: str, request: Request,
     response_model_exclude_none=True,
     openapi_extra=_MULTIPART,
 )
-async def publish_artifact_version(store: StoreDep, name: str, request: Request, response: Response) -> Version:
+async def publish_artifact_version(
+    store: StoreDep,
+    name: str,
+    request: Request,
+    response: Response,
+    by: Words | None = None,
+    reason: Words | None = None,
+) -> Version:
     """Publish a version: a part `manifest` (JSON), and one part per file, called by its file name in the manifest.
 
     With `If-None-Match: *`, an artifact that was published before is refused with 412.
     """
     async with read_upload(request, store) as upload:
-        version, created = await run_in_threadpool(store.publish, name, upload.manifest, upload.files)
+        version, created = await run_in_threadpool(
+            store.publish, name, upload.manifest, upload.files, by=by, reason=reason
+        )
     if not created and request.headers.get("if-none-match", "").strip() == ANY:
         raise ApiError(412, f"the same artifact was published before, as {version.ref}", "manifest")
     response.status_code = 201 if created else 200
@@ -165,8 +188,8 @@ def list_prefix(store: TenantStore, prefix: str, *, after: str | None, limit: in
     # Names are ordered: those with the prefix begin behind every name that sorts before it.
     before = prefix[:-1] + chr(ord(prefix[-1]) - 1) + chr(0x10FFFF)
     page = store.list_artifacts(after=max(after or "", before), limit=limit + 1, **filters)
-    items = [version for version in page.items if version.name.startswith(prefix)]
-    return Page(items[:limit], has_more=len(items) > limit)
+    rows = [row for row in page.rows if name_of(row).startswith(prefix)]
+    return Page(rows[:limit], has_more=len(rows) > limit)
 
 
 def _stated(change: Change | None) -> dict[str, str | None]:

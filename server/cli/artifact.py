@@ -13,7 +13,9 @@ from server.cli import artifact_changes, artifact_transfer
 from server.cli.artifact_output import (
     DEFAULT_DATA_DIR,
     AsJson,
+    By,
     DataDir,
+    Reason,
     Ref,
     StoreUrl,
     failures_named,
@@ -23,7 +25,7 @@ from server.cli.artifact_output import (
     print_table,
     summary,
 )
-from steering_store import ArtifactVersion, Store
+from steering_store import ArtifactVersion, Problem, Store
 from steering_store.labels import Label
 
 app = typer.Typer(name="artifact", help="Versioned steering artifacts.", no_args_is_help=True)
@@ -42,8 +44,11 @@ def list_(
 ) -> None:
     """List the artifacts, each as of its highest version that isn't yanked."""
     with failures_named():
-        found = _all(opened(data_dir, store), kind=kind, model=model)
-        versions = [version for version in found if version.name.startswith(prefix)]
+        rows = [row for row in _all(opened(data_dir, store), kind=kind, model=model) if row.ref.startswith(prefix)]
+    versions = [row for row in rows if isinstance(row, ArtifactVersion)]
+    for row in rows:
+        if isinstance(row, Problem):
+            typer.echo(f"damaged: {row.message}", err=True)
     if as_json:
         print_json([summary(version) for version in versions])
     else:
@@ -79,6 +84,8 @@ def publish(
     files: Annotated[
         list[Path] | None, typer.Argument(exists=True, dir_okay=False, help="Its files; a preset has none.")
     ] = None,
+    by: By = None,
+    reason: Reason = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     store: StoreUrl = None,
     as_json: AsJson = False,
@@ -88,7 +95,8 @@ def publish(
     if len(by_name) < len(files or ()):
         raise typer.BadParameter("two files have the same name", param_hint="FILES")
     with failures_named():
-        version, created = opened(data_dir, store, create=True).publish(name, manifest.read_bytes(), by_name)
+        target = opened(data_dir, store, create=True)
+        version, created = target.publish(name, manifest.read_bytes(), by_name, by=by, reason=reason)
     print_published(version, created, as_json)
 
 
@@ -143,12 +151,12 @@ for command in (artifact_transfer.push, artifact_transfer.pull, artifact_transfe
 app.command("import")(artifact_transfer.import_)
 
 
-def _all(store: Store, **filters: str | None) -> Iterator[ArtifactVersion]:
+def _all(store: Store, **filters: str | None) -> Iterator[ArtifactVersion | Problem]:
     after, has_more = None, True
     while has_more:
-        items, has_more = store.list_artifacts(after=after, **filters)
-        yield from items
-        after = items[-1].name if items else None
+        rows, has_more = store.list_artifacts(after=after, **filters)
+        yield from rows
+        after = rows[-1].ref.partition("@")[0] if rows else None
 
 
 def _cells(version: ArtifactVersion) -> tuple[str, ...]:

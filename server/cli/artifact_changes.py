@@ -97,14 +97,14 @@ def history(
     store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show who moved aliases, yanked and deleted, when and why."""
+    """Show who published, moved aliases, yanked and deleted, when and why."""
     with failures_named():
         entries = opened(data_dir, store).history(name, alias)
     if as_json:
         print_json([vars(entry) | {"at": entry.at.isoformat()} for entry in entries])
     else:
-        columns = ("at", "action", "alias", "from", "to", "by", "reason")
-        fields = ("action", "alias", "from_version", "to_version", "by", "reason")
+        columns = ("at", "action", "alias", "from", "to", "by", "note", "reason")
+        fields = ("action", "alias", "from_version", "to_version", "by", "note", "reason")
         rows = [(entry.at.strftime("%Y-%m-%d %H:%M"), *(_cell(getattr(entry, f)) for f in fields)) for entry in entries]
         print_table(columns, rows)
 

@@ -139,6 +139,28 @@ def test_a_preset_holds_nothing_that_its_tenant_may_not_see(client: TestClient, 
     assert preset("acme--p", "mood", "acme--mood").status_code == 201
 
 
+def test_history_says_whose_key_it_was_whatever_the_caller_says(
+    client: TestClient, tokens: Any, keys: KeyStore, store: Store
+) -> None:
+    name, headers = "acme--mood", tokens["acme"]
+    said = {"by": "somebody else", "reason": "why not"}
+    assert publish(client, "acme--new", headers=headers).status_code == 201
+    url = f"/v1/artifacts/{name}"
+    client.put(f"{url}/aliases/a", json={"version": 1, **said}, headers=headers)
+    moved = client.get(f"{url}/aliases/a", headers=headers).json()
+    client.delete(f"{url}/aliases/a", params=said, headers=headers)
+    client.post(f"{url}/versions/1/yank", json=said, headers=headers)
+    client.post(f"{url}/versions/1/unyank", json=said, headers=headers)
+    client.delete(f"{url}/versions/1", params=said, headers=headers)
+    (key,) = (key for key in keys.list() if key.tenant == "acme")
+    by = f"key {key.id} (x)"
+    history = client.get(f"{url}/history", headers=headers).json()["data"][1:]
+    assert [entry["action"] for entry in history] == ["set_alias", "delete_alias", "yank", "unyank", "delete"]
+    assert {(entry["by"], entry["note"], entry["reason"]) for entry in [*history, moved]} == {(by, *said.values())}
+    (published,) = store.history("acme--new")
+    assert (published.action, published.to_version, published.by, published.note) == ("publish", 1, by, None)
+
+
 def test_salts_of_the_prefix_cache_keep_tenants_apart() -> None:
     def salt(tenant: str | None, sent: str | None) -> str | None:
         def inside() -> str | None:

@@ -61,6 +61,7 @@ class Model:
                 return number
         self.last[name] = self.last.get(name, 0) + 1
         self.versions[name, self.last[name]] = fill
+        self.trail.append((name, "publish", None, None, self.last[name]))
         return self.last[name]
 
     def _set_alias(self, name: str, alias: str, number: int) -> bool | None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_aliases_yanks_and_deletions_are_the_same_everywhere(
         assert store.history("mood") == third.history("mood")
         assert store.versions("mood", include_yanked=True) == third.versions("mood", include_yanked=True)
     assert [each.version for each in third.versions("mood")] == [3]
-    actions = [(entry.action, entry.by, entry.reason) for entry in third.history("mood")]
+    actions = [(e.action, e.by, e.reason) for e in third.history("mood") if e.action != "publish"]
     assert actions == [
         ("set_alias", "ada", "first"), ("set_alias", None, None), ("yank", None, "too strong"),
         ("delete_alias", None, None), ("delete", "bob", None), ("unyank", None, None), ("yank", None, None),
@@ -129,7 +130,7 @@ def test_concurrent_machines_agree(tmp_path: Path, s3: str, manifest: dict[str, 
             store.refresh()
         histories = [store.history("mood") for store in machines]
         assert all(history == histories[0] for history in histories)
-        moves = [(entry.from_version, entry.to_version) for entry in histories[0]]
+        moves = [(entry.from_version, entry.to_version) for entry in histories[0] if entry.alias]
         assert [to for _, to in moves] == [before for before, _ in moves[1:]] + [moves[-1][1]]
         assert sorted(to for _, to in moves if to) == list(range(1, 13))
 
@@ -192,20 +193,103 @@ def test_death_between_an_event_and_the_note_of_it_changes_nothing(
         again()
 
 
-def test_version_deleted_elsewhere_goes_when_the_last_lease_here_ends(
+def test_version_deleted_elsewhere_is_gone_and_its_files_wait_for_the_last_lease_here(
     machine: Machine, manifest: dict[str, Any], vectors: Vectors
 ) -> None:
     here, there = machine("here"), machine("there")
-    digest = here.publish("mood", manifest, vectors()).version.digest
+    for fill in (1.0, 2.0, 3.0):
+        here.publish("mood", manifest, vectors(fill))
     there.refresh()
-    there.lease(digest, "request 7", 60)
+    version = there.resolve("mood@1")
+    there.file_path(version, FILE)
+    there.lease(version.digest, "request 7", 60)
     here.delete_version("mood", 1)
+    # What happened after the deletion doesn't wait for the lease.
+    here.set_alias("mood", "production", 3)
     there.refresh()
-    assert there.resolve("mood@1").digest == digest
+    assert there.resolve("mood@production").version == 3
+    assert there.history("mood") == here.history("mood")
+    for ref in ("mood@1", f"mood@{version.digest}"):
+        with pytest.raises(ArtifactNotFound):
+            there.resolve(ref)
+    assert there.set_alias("mood", "production", 2).version == 2
+    assert [path.version for path in there.versions("mood")] == [2, 3]
+    # The request that runs goes on, prolongs its lease, and keeps the file from collections.
+    there.lease(version.digest, "request 7", 60)
+    there.collect_garbage(grace_seconds=0, dry_run=False)
+    assert there._blobs.path(version.manifest.files[0].sha256).exists()
+    assert there.load_tensors(version)["layer.2"].tolist() == [1.0] * 8
     there.release("request 7")
-    there.refresh()
+    there.collect_garbage(grace_seconds=0, dry_run=False)
+    assert not there._blobs.path(version.manifest.files[0].sha256).exists()
     with pytest.raises(ArtifactNotFound):
-        there.resolve("mood@1")
+        there.lease(version.digest, "request 8", 60)
+
+
+def test_moved_alias_is_seen_after_one_refresh(
+    machine: Machine, manifest: dict[str, Any], vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So within the interval at which a server follows, whatever that is."""
+    here, there = machine("here"), machine("there")
+    for fill in (1.0, 2.0):
+        here.publish("mood", manifest, vectors(fill))
+    here.set_alias("mood", "production", 1)
+    there.refresh()
+    begin, done = Semaphore(0), Semaphore(0)
+    refresh = there.refresh
+
+    def counted() -> None:
+        if begin.acquire(timeout=60):
+            refresh()
+            done.release()
+
+    monkeypatch.setattr(there, "refresh", counted)
+    end = there.follow(0.01)
+    for version in (2, 1, 2):
+        before = there.resolve("mood@production").version
+        here.set_alias("mood", "production", version)
+        assert there.resolve("mood@production").version == before != version
+        begin.release()
+        assert done.acquire(timeout=60)
+        assert there.resolve("mood@production").version == version
+    begin.release()
+    end()
+
+
+@pytest.mark.parametrize("trouble", [OSError("no such device"), ValueError("not JSON"), StoreError("away")])
+def test_following_goes_on_after_any_trouble(
+    machine: Machine,
+    manifest: dict[str, Any],
+    vectors: Vectors,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trouble: Exception,
+) -> None:
+    here, there = machine("here"), machine("there")
+    refreshed, refresh = Semaphore(0), there.refresh
+    troubles = [trouble]
+
+    def troubled() -> None:
+        if troubles:
+            raise troubles.pop()
+        refresh()
+        refreshed.release()
+
+    monkeypatch.setattr(there, "refresh", troubled)
+    here.publish("mood", manifest, vectors())
+    end = there.follow(0.01)
+    assert refreshed.acquire(timeout=60)
+    end()
+    assert there.resolve("mood").version == 1
+    assert "isn't seen for now" in caplog.text and str(trouble) in caplog.text
+
+
+def test_broken_note_of_what_was_seen_is_named(machine: Machine, tmp_path: Path) -> None:
+    there = machine("there")
+    for text in ("{", "[]", '{"url": "x"}', '{"url": "x", "events": "y"}', '{"url": "x", "events": null}'):
+        (tmp_path / "there" / "remote.json").write_text(text)
+        with pytest.raises(CorruptArtifact, match="remote.json can't be read"):
+            there.refresh()
 
 
 def test_preset_cannot_be_published_on_what_another_machine_deleted(

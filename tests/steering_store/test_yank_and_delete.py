@@ -53,7 +53,8 @@ def test_yanking_twice_is_recorded_once(mood: Store) -> None:
     assert mood.yank("mood", 1, by="ben", reason="second").yank_reason == "first"
     mood.unyank("mood", 1)
     mood.unyank("mood", 1)
-    assert [(e.action, e.from_version, e.by) for e in mood.history("mood")] == [("yank", 1, "ana"), ("unyank", 1, None)]
+    told = [(e.action, e.from_version, e.by) for e in mood.history("mood") if e.action != "publish"]
+    assert told == [("yank", 1, "ana"), ("unyank", 1, None)]
     with pytest.raises(ArtifactNotFound):
         mood.yank("mood", 3)
 
@@ -76,7 +77,7 @@ def test_deleted_version_is_gone_and_its_number_is_never_given_again(
             mood.resolve(ref)
     assert mood.resolve("mood").version == 1
     assert mood.publish("mood", manifest, vectors(2.0)).version.version == 3
-    entry = mood.history("mood")[-1]
+    entry = mood.history("mood")[-2]
     assert (entry.action, entry.from_version, entry.by, entry.reason) == ("delete", 2, "ana", "private data")
     with pytest.raises(ArtifactNotFound):
         mood.delete_version("mood", 2)
@@ -87,7 +88,7 @@ def test_last_version_may_go_and_the_numbers_go_on(mood: Store, manifest: Conten
         mood.delete_version("mood", version)
     with pytest.raises(ArtifactNotFound):
         mood.versions("mood")
-    assert len(mood.history("mood")) == 2
+    assert [entry.action for entry in mood.history("mood")] == ["publish"] * 2 + ["delete"] * 2
     assert mood.publish("mood", manifest, vectors(1.0)).version.version == 3
 
 

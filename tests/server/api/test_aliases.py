@@ -48,7 +48,23 @@ def test_history_says_who_when_from_to_and_why(client: TestClient) -> None:
         ("delete_alias", 3, None, "bob", "unused"),
     ]
     assert all(entry["at"] for entry in entries)
-    assert len(client.get("/v1/artifacts/mood/history").json()["data"]) == 4
+    whole = client.get("/v1/artifacts/mood/history").json()
+    assert [entry["action"] for entry in whole["data"]].count("publish") == 3
+    assert (len(whole["data"]), whole["has_more"]) == (7, False)
+    paged, page = [], {"last_id": 0, "has_more": True}
+    while page["has_more"]:
+        page = client.get("/v1/artifacts/mood/history", params={"after": page["last_id"], "limit": 3}).json()
+        paged += page["data"]
+    assert paged == whole["data"]
+
+
+def test_aliases_are_paged(client: TestClient) -> None:
+    for alias in ("c", "a", "b"):
+        client.put(URL.replace("production", alias), json={"version": 1})
+    first = client.get("/v1/artifacts/mood/aliases", params={"limit": 2}).json()
+    assert ([each["alias"] for each in first["data"]], first["last_id"], first["has_more"]) == (["a", "b"], "b", True)
+    rest = client.get("/v1/artifacts/mood/aliases", params={"limit": 2, "after": "b"}).json()
+    assert ([each["alias"] for each in rest["data"]], rest["has_more"]) == (["c"], False)
 
 
 def test_move_of_what_somebody_else_moved_is_412_and_tells_the_tag(client: TestClient) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import sqlite3
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
@@ -155,7 +156,7 @@ def test_full_disk_is_said_while_the_upload_comes(client: TestClient, monkeypatc
 
 def test_list_is_paged(client: TestClient) -> None:
     assert client.get("/v1/artifacts").json() == {
-        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False
+        "object": "list", "data": [], "damaged": [], "first_id": None, "last_id": None, "has_more": False
     }  # fmt: skip
     for name in ("a", "b", "c"):
         publish(client, name)
@@ -165,6 +166,46 @@ def test_list_is_paged(client: TestClient) -> None:
     )  # fmt: skip
     rest = client.get("/v1/artifacts", params={"after": page["last_id"]}).json()
     assert ([item["id"] for item in rest["data"]], rest["has_more"]) == (["c"], False)
+
+
+def test_versions_are_paged(client: TestClient) -> None:
+    publish_versions(client, 5)
+    client.post("/v1/artifacts/mood/versions/3/yank")
+    for number in range(1, 5):
+        client.put(f"/v1/artifacts/mood/aliases/a{number}", json={"version": 1})
+    seen: list[int] = []
+    page: dict[str, Any] = {"last_version": 0, "has_more": True}
+    while page["has_more"]:
+        page = client.get("/v1/artifacts/mood", params={"limit": 2, "after": page["last_version"]}).json()
+        seen += [each["version"] for each in page["versions"]]
+        assert (page["latest_version"], len(page["aliases"]), page["more_aliases"]) == (5, 2, True)
+    assert seen == [1, 2, 3, 4, 5]
+    behind = client.get("/v1/artifacts/mood", params={"after": 5}).json()
+    assert (behind["versions"], behind["has_more"], behind["latest_version"]) == ([], False, 5)
+    for query in ("limit=101", "after=-1", f"after={1 << 63}"):
+        assert client.get(f"/v1/artifacts/mood?{query}").status_code == 422
+
+
+def test_damaged_version_is_named_and_hides_no_other(client: TestClient, tmp_path: Path) -> None:
+    for name in ("a", "mood", "z"):
+        publish_versions(client, 2, name)
+    with sqlite3.connect(tmp_path / "store.sqlite") as db:
+        db.execute("UPDATE versions SET manifest = 'x' || manifest WHERE name = 'mood' AND version = 2")
+        db.execute("UPDATE versions SET manifest = replace(manifest, 'caa', 'CAA') WHERE name = 'z'")
+    for query in ({}, {"model": "LlamaForCausalLM"}):
+        listed = client.get("/v1/artifacts", params=query).json()
+        assert [each["id"] for each in listed["data"]] == ["a"]
+        assert [each["id"] for each in listed["damaged"]] == ["mood@2", "z@2"]
+        assert "restore the database" in listed["damaged"][0]["message"]
+        assert listed["last_id"] == "z"
+    pages = [client.get("/v1/artifacts", params={"limit": 1, "after": after}).json() for after in ("", "a", "mood")]
+    assert [(page["last_id"], page["has_more"]) for page in pages] == [("a", True), ("mood", True), ("z", False)]
+    mood = client.get("/v1/artifacts/mood").json()
+    assert ([each["version"] for each in mood["versions"]], mood["latest_version"]) == ([1], 1)
+    assert ([each["id"] for each in mood["damaged"]], mood["last_version"]) == (["mood@2"], 2)
+    for path in ("mood/versions/2", "mood/versions/latest", "z", f"mood/versions/2/files/{FILE}"):
+        assert_refused(client.get(f"/v1/artifacts/{path}"), 500, "InternalServerError", "manifest", "digest")
+    assert client.get("/v1/artifacts/mood/versions/1").status_code == 200
 
 
 @pytest.mark.parametrize(("query", "param"), [("limit=0", "limit"), ("limit=x", "limit"), ("kind=lora", "kind")])
@@ -362,8 +403,8 @@ def test_yanked_version_is_hidden_but_found_by_number_and_digest(client: TestCli
     assert client.post("/v1/artifacts/mood/versions/2/unyank").json()["yanked"] is False
     assert client.get("/v1/artifacts/mood/versions/latest").json()["version"] == 2
     history = client.get("/v1/artifacts/mood/history").json()["data"]
-    assert [(entry["action"], entry["from_version"], entry.get("by")) for entry in history] == [
-        ("yank", 2, "ada"), ("unyank", 2, None)
+    assert [(entry["action"], entry.get("from_version"), entry.get("by")) for entry in history] == [
+        ("publish", None, None), ("publish", None, None), ("yank", 2, "ada"), ("unyank", 2, None)
     ]  # fmt: skip
 
 
@@ -373,7 +414,8 @@ def test_deleted_version_is_gone_and_its_number_is_not_given_again(client: TestC
     assert client.get("/v1/artifacts/mood/versions/2").status_code == 404
     assert client.delete("/v1/artifacts/mood/versions/2").status_code == 404
     assert publish(client, vectors__safetensors=vector(9)).json()["version"] == 3
-    assert client.get("/v1/artifacts/mood/history").json()["data"][0]["reason"] == "a mistake"
+    history = client.get("/v1/artifacts/mood/history").json()["data"]
+    assert [entry.get("reason") for entry in history if entry["action"] == "delete"] == ["a mistake"]
 
 
 def test_version_that_is_needed_is_not_deleted(client: TestClient, store: Store) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,13 @@ def test_preset_is_published_without_files(inputs: list[str], tmp_path: Path) ->
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     assert run_json("publish", "cheer", "--manifest", str(tmp_path / "preset.json"))["ref"] == "cheer@1"
     assert run("list").stdout.startswith("cheer@1\tpreset\t")
+
+
+def test_damaged_version_is_named_beside_the_list(inputs: list[str], data_dir: Path) -> None:
+    for name in ("mood", "other"):
+        run("publish", name, *inputs)
+    with sqlite3.connect(data_dir / "artifacts" / "store.sqlite") as db:
+        db.execute("UPDATE versions SET manifest = '{}' WHERE name = 'mood'")
+    listed = run("list", "--json")
+    assert [row["ref"] for row in json.loads(listed.stdout)] == ["other@1"]
+    assert "damaged: the manifest of mood@1" in listed.stderr

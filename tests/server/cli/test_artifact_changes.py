@@ -35,11 +35,12 @@ def test_history_is_for_people_and_programs(monkeypatch: pytest.MonkeyPatch) -> 
     run("alias", "set", "mood", "production", "1", "--reason", "first")
     run("yank", "mood@3")
     entries = run_json("history", "mood")
-    assert [(entry["action"], entry["by"], entry["to_version"]) for entry in entries] == [
+    assert [(entry["action"], entry["by"], entry["to_version"]) for entry in entries if entry["by"]] == [
         ("set_alias", "bob", 1), ("yank", "bob", 3)
     ]  # fmt: skip
+    assert [entry["action"] for entry in entries].count("publish") == 3
     assert run("history", "mood", "--alias", "production").stdout.split("\t")[1:] == [
-        "set_alias", "production", "", "1", "bob", "first\n"
+        "set_alias", "production", "", "1", "bob", "", "first\n"
     ]  # fmt: skip
 
 
