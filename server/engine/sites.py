@@ -23,7 +23,7 @@ from server.engine.routing import Router
 CONFIG_KEY = "polyhelm"
 """Our section of vLLM's `additional_config`; being there, it also salts vLLM's compile cache."""
 
-STACKED = ("altup_num_inputs", "hc_mult")
+STACKED = ("altup_num_inputs", "hc_mult", "hc_count")
 """Names, in a model's configuration, of the number of residual streams that it runs side by side."""
 
 

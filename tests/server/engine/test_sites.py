@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from server.engine.points import UnsupportedModel
-from server.engine.sites import refuse_unsupported, split_stream
+from server.engine.sites import STACKED, refuse_unsupported, split_stream
 
 
 def config(**changes: Any) -> Any:
     """The parts of vLLM's configuration that decide; all is well by default."""
     parallel = {"prefill_context_parallel_size": 1, "use_ubatching": False, "use_sequence_parallel_moe": False}
-    model = {"is_diffusion": False, "hf_text_config": SimpleNamespace(hc_mult=changes.pop("hc_mult", None))}
+    streams = {name: changes.pop(name) for name in STACKED if name in changes}
+    model = {"is_diffusion": False, "hf_text_config": SimpleNamespace(**streams)}
     model |= {"enable_prompt_embeds": False, "multimodal_config": None}
     return SimpleNamespace(
         speculative_config=changes.pop("speculative_config", None),
@@ -27,6 +28,7 @@ def config(**changes: Any) -> Any:
 def test_a_plain_configuration_is_accepted() -> None:
     refuse_unsupported(config())
     refuse_unsupported(config(hc_mult=1))
+    refuse_unsupported(config(altup_num_inputs=None))
     refuse_unsupported(config(multimodal_config=SimpleNamespace(enable_mm_embeds=False)))
 
 
@@ -38,7 +40,9 @@ def test_a_plain_configuration_is_accepted() -> None:
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ({"use_ubatching": True}, "microbatching"),
         ({"use_sequence_parallel_moe": True}, "sequence-parallel mixtures of experts"),
+        ({"altup_num_inputs": 4}, "stacked residual streams"),  # Gemma 3n
         ({"hc_mult": 4}, "stacked residual streams"),
+        ({"hc_count": 4}, "stacked residual streams"),  # Qwen4Exp
         ({"enable_prompt_embeds": True}, "no pickles"),
         ({"multimodal_config": SimpleNamespace(enable_mm_embeds=True)}, "no pickles"),
     ],
