@@ -23,6 +23,7 @@ SCRIPTS = (
     "lf_steering_effect",
     "expertsteer_effect",
     "shared_neurons",
+    "rfm_comparison",
     "remake_mzsre",
     "methods_cost",
 )
