@@ -108,6 +108,11 @@ class SharedNeuronsSpec(OnePassSpec):
             config=options.model_dump(exclude={"default_layers", "default_strength"}) | {"languages": languages},
             metrics={
                 **dict(zip(shared_neurons.CATEGORIES, map(float, report.share.mean(axis=1)), strict=True)),
+                **{
+                    f"share.{category}.{layer}": float(share)
+                    for category, shares in zip(shared_neurons.CATEGORIES, report.share, strict=True)
+                    for layer, share in enumerate(shares)
+                },
                 "neurons": float(sum(tensor.size for (_, role), tensor in tensors.items() if role is None)),
             },
             languages=languages,

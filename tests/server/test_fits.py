@@ -12,7 +12,7 @@ import pytest
 
 from server import __version__
 from server.api.errors import ApiError
-from server.fit_methods.registry import parse_spec
+from server.fit_methods.registry import METHODS, parse_spec
 from server.fits import check_spec, run_fit
 from steering_store import ArtifactVersion, Store
 from steering_store.errors import ArtifactNotFound
@@ -22,14 +22,14 @@ ANSWERED = [{"prompt": f"Question {i}?", "positive": "yes", "negative": "no"} fo
 TRANSLATED = [{"source": f"habari {i}", "target": f"news {i}"} for i in range(6)]
 
 
-async def publish(store: Store, method: str, pairs: list[Any], engine: FakeEngine | None, **fields: Any) -> Any:
-    spec = parse_spec({"method": method, "name": "made", "pairs": pairs} | fields)
+async def publish(store: Store, method: str, pairs: list[Any] | None, engine: FakeEngine | None, **fields: Any) -> Any:
+    spec = parse_spec({"method": method, "name": "made"} | ({} if pairs is None else {"pairs": pairs}) | fields)
     created = datetime(2026, 1, 2, tzinfo=UTC)
     arguments: Any = (spec, engine or FakeEngine(), store, identity(), created, lambda done, total: None)
     return (await run_fit(*arguments, {"fit": "fit-1"})).version
 
 
-def fitted(folder: Path, method: str, pairs: list[Any], engine: FakeEngine | None = None, **fields: Any) -> Any:
+def fitted(folder: Path, method: str, pairs: list[Any] | None, engine: FakeEngine | None = None, **fields: Any) -> Any:
     return asyncio.run(publish(Store(folder), method, pairs, engine, **fields))
 
 
@@ -111,30 +111,56 @@ def test_incline_of_a_rank_publishes_factors(tmp_path: Path) -> None:
     assert version.manifest.metrics["rank_error"] > 0
 
 
-@pytest.mark.parametrize(
-    ("method", "pairs", "options"),
-    [
-        ("caa", [{"positive": f"good {i}", "negative": f"bad {i}"} for i in range(3)], {"pooling": "mean"}),
-        ("sadi", ANSWERED, {"top_k": 1}),
-        ("incline", TRANSLATED, {"source_language": "sw"}),
-    ],
-)
-def test_provenance_is_complete(tmp_path: Path, method: str, pairs: list[Any], options: dict[str, Any]) -> None:
+OPPOSITES = [{"positive": f"good {i}", "negative": f"bad {i}"} for i in range(6)]
+PASSAGES = [{"text": f"running text number {i}"} for i in range(20)]
+TRAINING = {"features": 8, "k": 2, "steps": 5, "batch": 16}
+COMPLETE: dict[str, tuple[dict[str, list[Any]], dict[str, Any]]] = {
+    "caa": ({"pairs": OPPOSITES}, {"pooling": "mean"}),
+    "direction": ({"pairs": OPPOSITES}, {"extractor": "pca"}),
+    "sadi": ({"pairs": ANSWERED}, {"top_k": 1}),
+    "incline": ({"pairs": TRANSLATED}, {"source_language": "sw", "prior": "mean"}),
+    "shared_neurons": (
+        {"inputs": [{"texts": {"en": f"news {i}", "sw": f"habari {i}"}} for i in range(4)]},
+        {"share": 0.25},
+    ),
+    "sae": ({"texts": PASSAGES}, {"layer": 1, "examples": 0} | TRAINING),
+    "lf_steering": (
+        {"pairs": [{"right": f"asked {i}", "wrong": f"{i} asked"} for i in range(6)], "texts": PASSAGES},
+        {"layer": 1, "threshold": 0.0} | TRAINING,
+    ),
+    "expertsteer": (
+        {"texts": [{"text": f"a text {i}", "label": ("positive", "negative")[i % 2]} for i in range(24)]},
+        {"control": "self_expert", "pairs": 2},
+    ),
+}
+
+
+def test_all_methods_that_fit_something_new_are_among_those_whose_provenance_is_tested() -> None:
+    assert COMPLETE.keys() == set(METHODS) - {"sae_examples"}, "that one copies the provenance of the SAE it is for"
+
+
+@pytest.mark.parametrize("method", COMPLETE)
+def test_provenance_is_complete(tmp_path: Path, method: str) -> None:
+    given, options = COMPLETE[method]
     data = {"name": "made up", "license": "CC0-1.0"}
-    version = fitted(tmp_path, method, pairs, options=options, data=data, license="MIT", description="words")
+    fields = {"options": options, "data": data, "license": "MIT", "description": "words"} | given
+    version = fitted(tmp_path, method, fields.pop("pairs", None), **fields)
     manifest = version.manifest
     provenance = manifest.provenance
     assert provenance.method == method
     assert options.items() <= provenance.config.items()
     assert provenance.data is not None
-    assert (provenance.data.name, provenance.data.license, provenance.data.rows) == ("made up", "CC0-1.0", len(pairs))
-    spec = parse_spec({"method": method, "name": "x", "pairs": pairs, "options": options})
+    rows = sum(map(len, given.values()))
+    assert (provenance.data.name, provenance.data.license, provenance.data.rows) == ("made up", "CC0-1.0", rows)
+    spec = parse_spec({"method": method, "name": "x", "options": options} | given)
     assert provenance.data.sha256 == spec.data_digest()
     assert provenance.code_version == __version__
     assert provenance.created_at == datetime(2026, 1, 2, tzinfo=UTC)
     assert (manifest.description, manifest.license, manifest.annotations) == ("words", "MIT", {"fit": "fit-1"})
     assert manifest.model.weights_digest == identity()["weights_digest"]
-    assert len(manifest.h_norm) == LAYERS
+    assert set(manifest.layers) <= manifest.h_norm.keys()
+    seeded = "seed" in type(spec.options).model_fields
+    assert provenance.seed == (0 if seeded else None)
 
 
 @pytest.mark.parametrize(

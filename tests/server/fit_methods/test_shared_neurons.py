@@ -50,6 +50,8 @@ def test_a_category_becomes_a_neuron_set_that_deactivates_it(category: str, neur
     assert (fitted.kind, fitted.point, fitted.default_strength) == ("neuron_set", "mlp_act", -1.0)
     assert [fitted.tensors[layer, None].tolist() for layer in range(LAYERS)] == [list(neurons)] * LAYERS
     assert fitted.metrics[category] == pytest.approx(len(neurons) / NEURONS)
+    by_layer = [fitted.metrics[f"share.{category}.{layer}"] for layer in range(LAYERS)]
+    assert by_layer == pytest.approx([len(neurons) / NEURONS] * LAYERS)
     assert fitted.metrics["neurons"] == LAYERS * len(neurons) and list(fitted.languages) == list(LANGUAGES)
 
 
