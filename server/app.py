@@ -17,6 +17,7 @@ from kb.knowledge_base import KnowledgeBase
 from kb.scope import storage as scope
 from server import __version__, experts, metrics
 from server.api import (
+    access,
     activations,
     aliases,
     artifact_files,
@@ -230,7 +231,7 @@ def openapi() -> dict[str, Any]:
     """The OpenAPI document of our routes alone, as docs/openapi.json has it."""
     app = FastAPI(title="polyhelm", version=__version__)
     include_routes(app)
-    return app.openapi()
+    return access.secured(app.openapi())
 
 
 def guard(app: FastAPI, polyhelm: Polyhelm) -> None:

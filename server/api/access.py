@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from server.keys import Key
 
@@ -60,3 +61,20 @@ def allows(key: Key, need: str) -> bool:
     if need == OPERATOR:
         return "admin" in key.scopes and key.tenant is None
     return need in (OPEN, ANY_KEY) or need in key.scopes
+
+
+def secured(document: dict[str, Any]) -> dict[str, Any]:
+    """An OpenAPI document that says which operations need a key, and with which scope."""
+    schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+    schemes["key"] = {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A key of `polyhelm key create`, or a static one. A server without any key is open.",
+    }
+    for path, operations in document["paths"].items():
+        rule = rule_for(path)
+        for method, operation in operations.items():
+            need = OPERATOR if rule is None else rule.needed(method.upper())
+            # Scopes are told of OAuth only before OpenAPI 3.1.
+            operation["security"] = [] if need == OPEN else [{"key": [need]}]
+    return document

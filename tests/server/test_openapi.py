@@ -32,5 +32,20 @@ def test_every_operation_has_a_name_and_tells_its_errors_in_the_envelope() -> No
             assert schema == {"$ref": "#/components/schemas/Envelope"}, operation["operationId"]
 
 
+def test_every_operation_says_which_scope_its_key_needs() -> None:
+    document = openapi()
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    told = {
+        f"{method} {path}": operation["security"]
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    }
+    assert told["get /livez"] == told["get /readyz"] == []
+    assert told["get /v1/artifacts/{name}"] == [{"key": ["read"]}]
+    assert told["post /v1/artifacts/{name}/versions"] == [{"key": ["admin"]}]
+    assert told["post /v1/activations"] == [{"key": ["capture"]}]
+    assert sum(not each for each in told.values()) == 2
+
+
 if __name__ == "__main__":
     FILE.write_text(written(), "utf-8")
