@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 
 from steering_store.blobs import CHUNK_BYTES
 from steering_store.errors import StoreError, TooLarge
-from steering_store.manifest import MAX_MANIFEST_BYTES, Manifest, canonical_json, parse_manifest
+from steering_store.manifest import MAX_MANIFEST_BYTES, Manifest, read_published
 from steering_store.records import ArtifactVersion, Publication
 from steering_store.store import Store
 from steering_store.transfer_stream import VerifiedReader
@@ -28,7 +28,7 @@ class InvalidArchive(StoreError):
 
 def export_archive(store: Store, version: ArtifactVersion, target: BinaryIO) -> None:
     """Write an artifact as an archive, hashing its files on the way. Raises CorruptArtifact."""
-    text = canonical_json(version.manifest)
+    text = version.text
     written = target.write(_header(MANIFEST, len(text)) + text + _padding(len(text)))
     for entry in version.manifest.files:
         written += target.write(_header(entry.path, entry.size))
@@ -40,10 +40,10 @@ def export_archive(store: Store, version: ArtifactVersion, target: BinaryIO) -> 
     target.write(_end(written))
 
 
-def import_archive(store: Store, name: str, archive: Path) -> Publication:
+def import_archive(store: Store, name: str, archive: Path, *, by: str | None = None) -> Publication:
     """Publish an archive as a version of `name`. Raises InvalidArchive, and what Store.publish raises."""
     with archive.open("rb") as stream, contextlib.ExitStack() as opened:
-        manifest = _read_manifest(stream, archive)
+        text, manifest = _read_manifest(stream, archive)
         if len(manifest.files) > store.max_files:
             raise TooLarge(f"files: {len(manifest.files)} of them, and at most {store.max_files} are accepted", "files")
         files = {}
@@ -58,10 +58,10 @@ def import_archive(store: Store, name: str, archive: Path) -> Publication:
         _expect(stream, archive, _end(stream.tell()), "the end")
         if stream.read(1):
             raise _refused(archive, "something follows the end")
-        return store.publish(name, manifest, files)
+        return store.publish_copy(name, text, files, by=by)
 
 
-def _read_manifest(stream: BinaryIO, archive: Path) -> Manifest:
+def _read_manifest(stream: BinaryIO, archive: Path) -> tuple[bytes, Manifest]:
     header = stream.read(tarfile.BLOCKSIZE)
     try:
         size = tarfile.TarInfo.frombuf(header, "utf-8", "strict").size
@@ -72,11 +72,9 @@ def _read_manifest(stream: BinaryIO, archive: Path) -> Manifest:
     stream.seek(0)
     _expect(stream, archive, _header(MANIFEST, size), f"{MANIFEST}, which comes first,")
     text = stream.read(size)
-    manifest = parse_manifest(text)
-    if canonical_json(manifest) != text:
-        raise _refused(archive, "its manifest isn't in canonical form")
+    manifest = read_published(text)
     _expect(stream, archive, _padding(size), "the padding of the manifest")
-    return manifest
+    return text, manifest
 
 
 def _expect(stream: BinaryIO, archive: Path, expected: bytes, what: str) -> None:

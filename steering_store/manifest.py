@@ -248,6 +248,24 @@ def read_manifest(text: str | bytes) -> Manifest:
         return Manifest.model_validate_json(migrated(text))
     except ValidationError as exc:
         raise _refusal(exc) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as exc:
+        raise InvalidManifest(f"manifest: it is none of an earlier release ({exc!r}); restore it", "manifest") from None
+
+
+def read_published(text: bytes) -> Manifest:
+    """Read a manifest that another store published, by its text, and check it like a new one. Raises InvalidManifest.
+
+    The text is the artifact's identity, so it must be as a store writes it: in canonical form.
+    """
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise TooLarge(f"manifest: {len(text)} bytes, and at most {MAX_MANIFEST_BYTES} are allowed", "manifest")
+    manifest = read_manifest(text)
+    check_manifest(manifest)
+    content = json.loads(text)
+    # Of a schema before today's only the form can be compared, and not which fields it leaves out.
+    if text != (canonical_json(manifest) if content["schema_version"] == SCHEMA_VERSION else _canonical(content)):
+        raise InvalidManifest("manifest: it isn't in canonical form; publish it instead", "manifest")
+    return manifest
 
 
 def json_schema() -> dict[str, JsonValue]:
@@ -261,8 +279,7 @@ def json_schema() -> dict[str, JsonValue]:
 
 def canonical_json(manifest: Manifest) -> bytes:
     """The bytes that the digest is taken of: UTF-8, sorted keys, no whitespace, no nulls for absent fields."""
-    content = manifest.model_dump(mode="json", exclude_none=True)
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _canonical(manifest.model_dump(mode="json", exclude_none=True))
 
 
 def digest(manifest: Manifest) -> str:
@@ -273,6 +290,10 @@ def digest(manifest: Manifest) -> str:
 def digest_of(data: bytes) -> str:
     """`sha256:HEX64` of some bytes."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _canonical(content: object) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def _as_json(source: Manifest | Mapping[str, object] | str | bytes) -> bytes:

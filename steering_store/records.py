@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 class ArtifactVersion:
     """One published version. `digest` is `sha256:HEX64` of the manifest, `created_at` the time of publication (UTC).
 
-    A `yanked` one is hidden, but still answers to its number, its digest and its aliases.
+    A `yanked` one is hidden, but still answers to its number, its digest and its aliases. `text` is the manifest as it
+    was published, of which the digest was taken; `manifest` is in today's schema.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ArtifactVersion:
     created_at: datetime
     yanked: bool = False
     yank_reason: str | None = None
+    text: bytes = field(default=b"", repr=False, compare=False)
 
     @property
     def ref(self) -> str:
@@ -127,6 +129,7 @@ def version_of(row: sqlite3.Row) -> ArtifactVersion:
         datetime.fromisoformat(row["created_at"]),
         row["yanked_at"] is not None,
         row["yank_reason"],
+        text.encode(),
     )
 
 

@@ -28,7 +28,7 @@ from steering_store.blobs import StagedFile, fsync
 from steering_store.db import connect, transaction
 from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, StoreError
 from steering_store.holders import holders
-from steering_store.manifest import Manifest, canonical_json, digest_of, parse_manifest
+from steering_store.manifest import Manifest, digest_of, read_manifest
 from steering_store.presets import references
 from steering_store.records import ArtifactVersion, Publication, find_row
 from steering_store.reference import Reference, check_alias, parse_reference
@@ -157,9 +157,8 @@ class RemoteBackedStore(Store):
         return super().resolve(Reference(name, version))
 
     def _insert(
-        self, name: str, manifest: Manifest, staged: Mapping[str, StagedFile], **stated: Unpack[Stated]
+        self, name: str, manifest: Manifest, text: bytes, staged: Mapping[str, StagedFile], **stated: Unpack[Stated]
     ) -> Publication:
-        text = canonical_json(manifest)
         digest = digest_of(text)
         for entry in manifest.files:
             self._remote.put_file(entry, staged[entry.path].path)
@@ -224,8 +223,8 @@ class RemoteBackedStore(Store):
 
     def _apply_publication(self, event: Event) -> None:
         assert event.digest is not None
-        manifest = parse_manifest(self._remote.manifest(event.digest))
-        version = super()._insert(event.name, manifest, {}, **event.stated).version
+        text = self._remote.manifest(event.digest)
+        version = super()._insert(event.name, read_manifest(text), text, {}, **event.stated).version
         if (version.version, version.digest) != (event.version, event.digest):
             raise CorruptArtifact(
                 f"{event.name}@{event.version} of {self._remote.url} would be version {version.version} here; remove "

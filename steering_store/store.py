@@ -26,7 +26,7 @@ from steering_store.holders import holders
 from steering_store.labels import FeaturePage, check_labels, find_features, read_labels
 from steering_store.leases import Lease, Leases
 from steering_store.lookup import Remembered
-from steering_store.manifest import FileEntry, Manifest, canonical_json, digest_of, parse_manifest
+from steering_store.manifest import FileEntry, Manifest, canonical_json, digest_of, parse_manifest, read_published
 from steering_store.records import (
     ArtifactVersion,
     AuditEntry,
@@ -71,17 +71,39 @@ class Store:
         are pinned to what they mean now. Raises InvalidName, InvalidManifest, InvalidTensor, UnsupportedFile, TooLarge,
         ArtifactNotFound for an artifact of a preset, StoreBusy or StoreFull.
         """
-        check_name(name)
-        if len(files) > self.max_files:
-            raise TooLarge(f"files: {len(files)} of them, and at most {self.max_files} are accepted", "files")
-        for path in files:
-            check_file_path(path)
+        self._check_names(name, files)
         draft = presets.pinned(parse_manifest(manifest), self.resolve)
         _check_complete(draft, files)
         with ExitStack() as cleanup:
             staged = self._stage(files, cleanup)
             _check_content(draft, staged)
-            return self._insert(name, _with_files(draft, staged), staged, **stated)
+            complete = _with_files(draft, staged)
+            return self._insert(name, complete, canonical_json(complete), staged, **stated)
+
+    def publish_copy(
+        self, name: str, text: bytes, files: Mapping[str, Source], **stated: Unpack[Stated]
+    ) -> Publication:
+        """Publish what another store has published, by its manifest's text, so that it keeps its digest.
+
+        The text may be of an earlier schema. All is checked as `publish` does, and raises what that raises.
+        """
+        self._check_names(name, files)
+        manifest = read_published(text)
+        if presets.pinned(manifest, self.resolve) != manifest:
+            raise InvalidManifest("interventions: they aren't pinned to digests; publish it instead", "interventions")
+        _check_complete(manifest, files)
+        with ExitStack() as cleanup:
+            staged = self._stage(files, cleanup)
+            _check_content(manifest, staged)
+            _check_listed(manifest, staged)
+            return self._insert(name, manifest, text, staged, **stated)
+
+    def _check_names(self, name: str, files: Mapping[str, Source]) -> None:
+        check_name(name)
+        if len(files) > self.max_files:
+            raise TooLarge(f"files: {len(files)} of them, and at most {self.max_files} are accepted", "files")
+        for path in files:
+            check_file_path(path)
 
     def incoming(self) -> Incoming:
         """A file of the store to write an upload to, which `publish` then takes without another copy. Close it."""
@@ -302,9 +324,8 @@ class Store:
         return staged
 
     def _insert(
-        self, name: str, manifest: Manifest, staged: Mapping[str, StagedFile], **stated: Unpack[Stated]
+        self, name: str, manifest: Manifest, text: bytes, staged: Mapping[str, StagedFile], **stated: Unpack[Stated]
     ) -> Publication:
-        text = canonical_json(manifest)
         now = datetime.now(UTC).isoformat()
         row = (name, digest_of(text), manifest.kind, text.decode(), now)
         # The blobs are put in place under the same lock as the row, so that no sweep comes between the two.
@@ -406,8 +427,15 @@ def _check_content(manifest: Manifest, staged: Mapping[str, StagedFile]) -> None
 
 
 def _with_files(manifest: Manifest, staged: Mapping[str, StagedFile]) -> Manifest:
-    entries = [FileEntry(path=path, size=file.size, sha256=file.sha256) for path, file in sorted(staged.items())]
-    declared = sorted(manifest.files, key=lambda entry: entry.path)
-    if declared and declared != entries:
+    if manifest.files:
+        _check_listed(manifest, staged)
+    return manifest.model_copy(update={"files": _entries(staged)})
+
+
+def _check_listed(manifest: Manifest, staged: Mapping[str, StagedFile]) -> None:
+    if sorted(manifest.files, key=lambda entry: entry.path) != _entries(staged):
         raise InvalidManifest("files: the list differs from the files sent; correct it, or leave it out", "files")
-    return manifest.model_copy(update={"files": entries})
+
+
+def _entries(staged: Mapping[str, StagedFile]) -> list[FileEntry]:
+    return [FileEntry(path=path, size=file.size, sha256=file.sha256) for path, file in sorted(staged.items())]

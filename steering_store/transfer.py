@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from typing import BinaryIO, NamedTuple
 
-from steering_store.manifest import canonical_json, parse_manifest
+from steering_store.manifest import read_manifest
 from steering_store.presets import references
 from steering_store.records import Publication
 from steering_store.reference import Reference, parse_reference
@@ -41,22 +41,23 @@ def push(store: Store, ref: str | Reference, remote: RemoteStore, *, by: str | N
         push(store, needed, remote, by=by)
     for entry in version.manifest.files:
         remote.put_file(entry, store.file_path(version, entry.path))
-    published, created = remote.publish(version.name, canonical_json(version.manifest), by)
+    published, created = remote.publish(version.name, version.text, by)
     return Pushed(version.name, published.version, published.digest, created)
 
 
-def pull(remote: RemoteStore, ref: str | Reference, store: Store) -> Publication:
+def pull(remote: RemoteStore, ref: str | Reference, store: Store, *, by: str | None = None) -> Publication:
     """Copy a version from a remote store, after those that a preset names.
 
     What arrives is hashed and checked like any upload. Raises ArtifactNotFound, CorruptArtifact, RemoteUnavailable, and
     what Store.publish raises.
     """
     reference = parse_reference(ref) if isinstance(ref, str) else ref
-    manifest = parse_manifest(remote.manifest(remote.resolve(reference).digest))
+    text = remote.manifest(remote.resolve(reference).digest)
+    manifest = read_manifest(text)
     for needed in references(manifest):
-        pull(remote, needed, store)
+        pull(remote, needed, store, by=by)
     with contextlib.ExitStack() as opened:
         files: dict[str, BinaryIO] = {
             entry.path: opened.enter_context(remote.open_file(entry)) for entry in manifest.files
         }
-        return store.publish(reference.name, manifest, files)
+        return store.publish_copy(reference.name, text, files, by=by)

@@ -63,13 +63,14 @@ def pull(
     source: Annotated[
         str, typer.Option("--from", envvar="POLYHELM_PULL_FROM", help="The store, such as s3://bucket/prefix.")
     ],
+    by: By = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy a version from a store elsewhere; `ref` is what it is called there."""
     with failures_named():
-        version, created = pull_version(remote(source), ref, opened(data_dir, store, create=True))
+        version, created = pull_version(remote(source), ref, opened(data_dir, store, create=True), by=by)
     print_published(version, created, as_json)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import fsspec
 import pytest
 
-from steering_store import Reference, Store
-from steering_store.errors import ArtifactNotFound, CorruptArtifact, InvalidTensor
+from steering_store import ArtifactVersion, Reference, Store
+from steering_store.archive import export_archive, import_archive
+from steering_store.errors import ArtifactNotFound, CorruptArtifact, InvalidManifest, InvalidTensor
 from steering_store.manifest import FileEntry, canonical_json, digest_of, parse_manifest
+from steering_store.manifest_migrations import MIGRATIONS
 from steering_store.remote import RemoteStore
+from steering_store.remote_replica import RemoteBackedStore
 from steering_store.transfer import pull, push
 
 FILE = "vectors.safetensors"
@@ -52,6 +56,73 @@ def test_preset_takes_with_it_what_it_needs(
     other = Store(tmp_path / "other")
     assert pull(RemoteStore(url), "cheer", other).version.digest == store.resolve("cheer").digest
     assert [each.name for each in other.list_artifacts().items] == ["cheer", "gate", "mood"]
+
+
+@pytest.fixture
+def old(store: Store, manifest: dict[str, Any], vectors: Vectors, monkeypatch: pytest.MonkeyPatch) -> ArtifactVersion:
+    """A version that an earlier release published, whose schema 0 called the default strength `strength`."""
+
+    def m000_strength(content: dict[str, Any]) -> dict[str, Any]:
+        return {"default_strength": content.pop("strength"), **content}
+
+    monkeypatch.setitem(MIGRATIONS, 0, m000_strength)  # type: ignore[arg-type]
+    content = json.loads(store.publish("new", manifest, vectors()).version.text)
+    content |= {"schema_version": 0, "strength": content.pop("default_strength")}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return store.publish_copy("old", text, vectors()).version
+
+
+def test_version_of_an_earlier_release_keeps_its_text_and_digest_wherever_it_goes(
+    url: str, store: Store, old: ArtifactVersion, vectors: Vectors, tmp_path: Path
+) -> None:
+    assert (old.digest, old.manifest.default_strength) == (digest_of(old.text), 4.0)
+    assert b'"strength":4.0' in old.text and b"default_strength" not in old.text
+    pushed = push(store, "old", RemoteStore(url))
+    pulled = pull(RemoteStore(url), "old", Store(tmp_path / "pulled")).version
+    replica = RemoteBackedStore(tmp_path / "replica", RemoteStore(url))
+    followed = replica.resolve("old")
+    with (tmp_path / "old.tar").open("xb") as stream:
+        export_archive(store, old, stream)
+    imported = import_archive(Store(tmp_path / "imported"), "old", tmp_path / "old.tar").version
+    copied = push(replica, "old", RemoteStore(f"file://{tmp_path}/elsewhere"))
+    assert pushed.digest == copied.digest == old.digest
+    for version in (pulled, followed, imported):
+        assert (version.text, version.digest, version.manifest) == (old.text, old.digest, old.manifest)
+    assert replica.load_tensors(followed)["layer.2"].tolist() == [1.0] * 8
+    # It is the same artifact everywhere, and another than that of today's schema.
+    assert not store.publish_copy("old", old.text, vectors()).created
+    assert store.resolve("new").digest != old.digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(b'"strength":4.0', b'"strength": 4.0'),
+        lambda text: text.replace(b'"strength":4.0', b'"strength":"4"'),
+        lambda text: text.replace(b'"strength":4.0', b'"strengths":4.0'),
+        lambda text: text.replace(b'"schema_version":0', b'"schema_version":1'),
+        lambda text: text.replace(b'"schema_version":0', b'"schema_version":-1'),
+        lambda text: text[:-1],
+        lambda text: b"[]",
+    ],
+)
+def test_copy_of_what_no_store_wrote_is_refused(
+    store: Store, old: ArtifactVersion, vectors: Vectors, change: Callable[[bytes], bytes]
+) -> None:
+    with pytest.raises(InvalidManifest):
+        store.publish_copy("old", change(old.text), vectors())
+    with pytest.raises(InvalidManifest, match="differs from the files sent"):
+        store.publish_copy("old", old.text, vectors(2.0))
+
+
+def test_copy_of_a_preset_must_be_pinned(store: Store, manifest: dict[str, Any], vectors: Vectors) -> None:
+    store.publish("mood", manifest, vectors())
+    preset = {key: manifest[key] for key in ("schema_version", "model", "default_strength", "provenance")}
+    loose = parse_manifest(preset | {"kind": "preset", "interventions": [{"artifact": "mood"}]})
+    with pytest.raises(InvalidManifest, match="pinned"):
+        store.publish_copy("cheer", canonical_json(loose), {})
+    published = store.publish("cheer", loose, {}).version
+    assert not store.publish_copy("cheer", published.text, {}).created
 
 
 def test_push_mends_a_damaged_file_and_pull_refuses_it(
