@@ -32,6 +32,12 @@ from replicas_check import body, publish, used
 SHIPPED = Path(__file__).parents[1] / "docker" / "ray"
 RESULTS = Path(__file__).parent / "results" / "ray_check.json"
 START_SECONDS, STOP_SECONDS = 900, 120
+BUILD = """
+import yaml, polyhelm_ray
+from ray.serve.schema import ServeDeploySchema
+(application,) = ServeDeploySchema.model_validate(yaml.safe_load(open("serve.yaml"))).applications
+polyhelm_ray.app(application.args)
+"""
 
 
 def configured(folder: Path, data_dir: Path) -> int:
@@ -111,7 +117,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ray", type=Path, required=True, help="the folder of Ray's programs")
     parser.add_argument("--data-dir", type=Path, default=Path("polyhelm-data"))
+    parser.add_argument("--build-only", action="store_true", help="check the configuration, and start nothing")
     arguments = parser.parse_args()
+    # Ray's own schema takes the configuration, and the file builds an application of it; no server is started.
+    build = subprocess.run([str(arguments.ray.absolute() / "python"), "-c", BUILD], cwd=SHIPPED)
+    if build.returncode or arguments.build_only:
+        return build.returncode
     before = servers()
     with tempfile.TemporaryDirectory() as folder:
         with ray_serve(arguments.ray, Path(folder), arguments.data_dir) as (client, end):
