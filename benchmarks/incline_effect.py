@@ -116,7 +116,7 @@ def margins(model: LocalModel, asked: list[Question], arm: str, alpha: float) ->
 
 
 def language_results(
-    model: LocalModel, asked: list[Question], seen: dict[str, np.ndarray], code: str
+    model: LocalModel, asked: list[Question], seen: dict[str, np.ndarray], code: str, alphas: list[float]
 ) -> dict[str, Any]:
     started = time.monotonic()
     tensors = fitted(seen[LANGUAGES[code]][:FITTED], seen["eng"][:FITTED], seed=0)
@@ -129,8 +129,8 @@ def language_results(
         key = f"clean.{question.language}.{question.index}"
         model.upload(key, {layer: {"vector": row} for layer, row in enumerate(state)})
     tune, test = asked[0::2], asked[1::2]
-    tuned = {arm: {alpha: margins(model, tune, arm, alpha) for alpha in ALPHAS} for arm in ARMS}
-    best = {arm: max(ALPHAS, key=lambda a, arm=arm: float((tuned[arm][a] > 0).mean())) for arm in ARMS}
+    tuned = {arm: {alpha: margins(model, tune, arm, alpha) for alpha in alphas} for arm in ARMS}
+    best = {arm: max(alphas, key=lambda a, arm=arm: _score(tuned[arm][a])) for arm in ARMS}
     found = {"none": margins(model, test, "none", 0.0), "identity": margins(model, test, "identity", best["incline"])}
     found |= {arm: margins(model, test, arm, best[arm]) for arm in ARMS}
     untouched = float((margins(model, tune, "none", 0.0) > 0).mean())
@@ -143,27 +143,39 @@ def language_results(
     }
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def _score(found: np.ndarray) -> tuple[float, float]:
+    """Accuracy, and of equals the mean margin."""
+    return float((found > 0).mean()), float(found.mean())
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Publishes after every language, and goes on behind the last one that was done with the same options."""
     ntrex = options.data / "parallel" / "ntrex128"
     seen, _ = states(ntrex, options.states, options.model, [LANGUAGES[code] for code in options.languages])
     options.states.mkdir(parents=True, exist_ok=True)
-    done = options.states / f"incline_effect.{options.questions}.json"
+    grid = ",".join(f"{alpha:g}" for alpha in options.alphas)
+    done = options.states / f"incline_effect.{options.questions}.{grid}.json"
     rows: dict[str, Any] = json.loads(done.read_text("utf-8")) if done.exists() else {}
     model = LocalModel(options.model)
     for code in options.languages:
         if code not in rows:
             asked = questions(model, options.data / "tasks" / "xcopa" / f"val.{code}.jsonl", code)
-            rows[code] = language_results(model, asked[: options.questions], seen, code)
+            rows[code] = language_results(model, asked[: options.questions], seen, code, options.alphas)
             done.write_text(json.dumps(rows), "utf-8")
         right = {arm: float((np.array(m) > 0).mean()) for arm, m in rows[code]["margins"].items()}
         print(code, right, rows[code]["alpha"], f"{rows[code]['seconds']:.0f} s", flush=True)
-    rows = {code: rows[code] for code in options.languages}
+        results = summed(options, {each: rows[each] for each in options.languages if each in rows})
+        publish("incline_effect", results, section(results))
+
+
+def summed(options: argparse.Namespace, rows: dict[str, Any]) -> dict[str, Any]:
     pooled = {
         arm: np.concatenate([row["margins"][arm] for row in rows.values()]) for arm in ("none", "identity", *ARMS)
     }
     others = [arm for arm in pooled if arm != "incline"]
     return {
         "model": options.model.name,
+        "alphas": options.alphas,
         "questions": {"tune": (options.questions + 1) // 2, "test": options.questions // 2},
         "languages": rows,
         "accuracy": {arm: float((m > 0).mean()) for arm, m in pooled.items()},
@@ -199,7 +211,7 @@ def section(results: dict[str, Any]) -> str:
     return f"""## INCLINE: choosing causes and effects
 
 `benchmarks/incline_effect.py`: {results["model"]}, XCOPA validation, for each language {counts["tune"]} questions to
-choose α from {", ".join(f"{alpha:g}" for alpha in ALPHAS)} and {counts["test"]} others, on which the table reports
+choose α from {", ".join(f"{alpha:g}" for alpha in results["alphas"])} and {counts["test"]} others, on which the table reports
 accuracy (with the α chosen). Last prompt token, all layers, mode `frozen`. In this mode the identity only makes a state
 longer, which the norms behind it undo: it is a check that nothing else happens.
 
@@ -224,8 +236,8 @@ def main() -> None:
     parser.add_argument("--states", type=Path, required=True, help="a folder to keep captured states in, and results")
     parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=list(LANGUAGES))
     parser.add_argument("--questions", type=int, default=100, help="per language, half of them to choose alpha")
-    results = measure(parser.parse_args())
-    publish("incline_effect", results, section(results))
+    parser.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS))
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ are chosen for each layer by the exact leave-one-out error, for which a linear s
 error of the map fitted to all, divided by 1 minus the sentence's leverage. Infinite lambdas and the source state itself
 are among the choices, so that by this error no layer is worse than the mean or doing nothing.
 
+A state can be several times as long as the others: in Gemma-3-270M, after the embeddings, that of a last token such as
+a closing bracket behind a Latin word, or `,`. A single such pair decides what the map does to all of their kind. So
+ridge leaves out pairs of which either state is more than OUTLIER times as long as the median one, as long as they are
+few; the paper's solver has all.
+
 A map has rank min(N, d). `rank` stores the best map of a smaller one instead (reduced-rank ridge regression, Mukherjee
 and Zhu 2011, "Reduced rank ridge regression and its kernel extensions"): W projected on the leading right singular
 vectors of T smoothed, diag(s / sqrt(s^2 + lambda)) U^T T with H = U diag(s) V^T. A map with the prior identity has full
@@ -48,6 +53,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from methods.sae import ordinary
 from server.engine.edits import Point
 
 Array = npt.NDArray[np.float32]
@@ -66,6 +72,9 @@ POINTS: dict[Component, Point] = {
 }
 RIDGES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, math.inf)
 """Tried for each layer, in units of the mean squared length of a source state's deviation from their mean."""
+
+OUTLIER, MOST_OUTLIERS = 4.0, 0.1
+"""A state's length in units of the median one; if a larger share than this is beyond it, none is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +115,7 @@ class Map:
     sentences left out one at a time, and relative to those of predicting the mean target state: `error` of the map as
     it is stored, `identity_error` of the source state itself. `rank_error` is what storing a smaller rank changes of
     the predictions for the fitted sentences, relative to their squared length; with a bias, to that of their deviations
-    from the mean. `outliers` is how many of the pairs were left out.
+    from the mean. `outliers` is how many of the pairs were left out, of the errors, too.
     """
 
     matrix: Array | None
@@ -164,7 +173,8 @@ def fit(source: Array, target: Array, config: Config) -> list[Map]:
 
 def fit_layer(source: Array, target: Array, config: Config) -> Map:
     """The map of one layer, from states [pairs, d]."""
-    h, t = source.astype(np.float64), target.astype(np.float64)
+    kept = np.ones(len(source), np.bool_) if config.solver == "min_norm" else _ordinary(source, target)
+    h, t = source[kept].astype(np.float64), target[kept].astype(np.float64)
     baseline = ((t - t.mean(0)) ** 2).sum() * (len(t) / (len(t) - 1)) ** 2
     if not h.any() or baseline == 0:
         raise ValueError("the states are all zero, or the target states all equal: the texts don't differ")
@@ -181,8 +191,15 @@ def fit_layer(source: Array, target: Array, config: Config) -> Map:
         error=float((found.left_out**2).sum() / baseline),
         identity_error=float(((t - h) ** 2).sum() / baseline),
         rank_error=found.rank_error,
-        outliers=0,
+        outliers=int((~kept).sum()),
     )
+
+
+def _ordinary(source: Array, target: Array) -> npt.NDArray[np.bool_]:
+    """The pairs to fit on."""
+    kept = ordinary(source, OUTLIER) & ordinary(target, OUTLIER)
+    few: bool = (~kept).mean() <= MOST_OUTLIERS
+    return kept if few else np.ones_like(kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,17 +104,19 @@ def _chosen(maps: list[incline.Map]) -> dict[str, Any]:
     return {
         "ridge_by_layer": [each.ridge if math.isfinite(each.ridge) else None for each in maps],
         "prior_by_layer": [each.prior for each in maps],
+        "outliers_by_layer": [each.outliers for each in maps],
     }
 
 
 def _metrics(maps: list[incline.Map]) -> dict[str, float]:
-    """Means over the layers, and what each layer's map is worth: below 1 it beats the mean, below identity doing
-    nothing.
+    """Means over the layers, the most outliers of any, and what each layer's map is worth: below 1 it beats the mean,
+    below identity doing nothing.
     """
     metrics = {
         "heldout_error": float(np.mean([each.error for each in maps])),
         "identity_error": float(np.mean([each.identity_error for each in maps])),
         "rank_error": float(np.mean([each.rank_error for each in maps])),
+        "outliers": float(max(each.outliers for each in maps)),
     }
     for layer, each in enumerate(maps):
         metrics |= {f"heldout_error.{layer}": each.error, f"identity_error.{layer}": each.identity_error}

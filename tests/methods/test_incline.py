@@ -122,6 +122,24 @@ def test_no_map_is_worse_than_the_mean_or_than_doing_nothing(pairs: int) -> None
     np.testing.assert_array_equal(same.predict(source[:, 0]), source[:, 0])
 
 
+def test_a_pair_with_a_state_much_longer_than_the_others_is_left_out_unless_there_are_many() -> None:
+    source, target, _ = translations(60, layers=1, noise=1.0)
+    odd_source, odd_target = source.copy(), target.copy()
+    odd_source[7] *= 30
+    odd_target[7] = odd_source[7]
+    (clean,) = incline.fit(np.delete(source, 7, 0), np.delete(target, 7, 0), config())
+    (robust,) = incline.fit(odd_source, odd_target, config())
+    assert (clean.outliers, robust.outliers) == (0, 1)
+    np.testing.assert_array_equal(robust.dense, clean.dense)
+    assert robust.error == clean.error
+    (papers,) = incline.fit(odd_source, odd_target, config(solver="min_norm"))
+    assert papers.outliers == 0
+    np.testing.assert_allclose(papers.dense, released(odd_source[:, 0], odd_target[:, 0]), atol=1e-4)
+    odd_source[:10] *= 30
+    (many,) = incline.fit(odd_source, target, config())
+    assert many.outliers == 0
+
+
 def test_a_constant_difference_is_found_by_the_bias() -> None:
     rng = np.random.default_rng(0)
     source = rng.standard_normal((20, 1, 64)).astype(np.float32)

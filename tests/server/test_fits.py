@@ -83,6 +83,7 @@ def test_incline_publishes_maps_of_every_layer_with_their_errors_and_languages(t
         for role, shape in (("matrix", (HIDDEN, HIDDEN)), ("bias", (HIDDEN,)))
     }
     config = manifest.provenance.config
+    assert config["outliers_by_layer"] == [0] * LAYERS and manifest.metrics["outliers"] == 0
     assert len(config["ridge_by_layer"]) == LAYERS and set(config["prior_by_layer"]) <= {"mean", "identity"}
     assert (config["source_language"], config["solver"], config["ridge"]) == ("sw", "ridge", None)
     assert {f"heldout_error.{layer}" for layer in range(LAYERS)} < manifest.metrics.keys()
