@@ -212,8 +212,8 @@ def section(results: dict[str, Any]) -> str:
 
 `benchmarks/incline_effect.py`: {results["model"]}, XCOPA validation, for each language {counts["tune"]} questions to
 choose α from {", ".join(f"{alpha:g}" for alpha in results["alphas"])} and {counts["test"]} others, on which the table
-reports accuracy (with the α chosen). Last prompt token, all layers, mode `frozen`. In this mode the identity only makes a state
-longer, which the norms behind it undo: it is a check that nothing else happens.
+reports accuracy (with the α chosen). Last prompt token, all layers, mode `frozen`. In this mode the identity only makes
+a state longer, which the norms behind it undo: it is a check that nothing else happens.
 
 | language | none | identity | random map | CAA | INCLINE |
 |---|---:|---:|---:|---:|---:|
