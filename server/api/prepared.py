@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import uuid
 import weakref
@@ -15,7 +14,7 @@ from server.api.receipts import Applied
 from server.api.source_language import Chosen
 from server.api.steering_schema import LAST_PROMPT_TOKEN, Steering
 from server.engine.edits import Edit, Point, Program
-from server.engine.operands import Operand, pack
+from server.engine.operands import Operand, content_key, pack
 from steering_store import ArtifactVersion
 
 Loader = Callable[[], Awaitable[Operand]]
@@ -105,12 +104,6 @@ class Prepared:
         """The field of the request that an edit comes from."""
         owner = self.owners[edit]
         return "steering" if owner is None else f"steering.interventions.{self.numbers[owner]}"
-
-
-def content_key(operand: Operand, point: Point) -> str:
-    """A bank key that equal operands share, whatever request they came with, and no others."""
-    layout = repr((point, operand.width, [tuple(piece) for piece in operand.pieces])).encode()
-    return f"sha256:{hashlib.sha256(layout + b'|' + operand.data.tobytes()).hexdigest()}"
 
 
 def _while_alive(operand: Operand) -> Loader:

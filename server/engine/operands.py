@@ -7,6 +7,7 @@ Pure but for numpy.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -14,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.edits import Opcode
+from server.engine.edits import Opcode, Point
 
 Float32 = npt.NDArray[np.float32]
 Role = Literal[
@@ -57,6 +58,12 @@ class Operand:
     width: int
     data: Float32
     pieces: tuple[Piece, ...]
+
+
+def content_key(operand: Operand, point: Point) -> str:
+    """A bank key that equal operands share, whatever request they came with, and no others."""
+    layout = repr((point, operand.width, [tuple(piece) for piece in operand.pieces])).encode()
+    return f"sha256:{hashlib.sha256(layout + b'|' + operand.data.tobytes()).hexdigest()}"
 
 
 def pack(tensors: Mapping[int, Mapping[Role, Float32]]) -> Operand:
