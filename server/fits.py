@@ -114,7 +114,7 @@ async def run_fit(
         expert,
         identity["weights_digest"],
     )
-    fit = _Fit(engine, identity, created_at, context)
+    fit = _Fit(engine, identity, created_at, context, again=spec.tune is not None)
     if spec.tune is None:
         fitted = await fit(spec)
     else:
@@ -139,12 +139,15 @@ def _identity(spec: MethodSpec, identity: ModelIdentity) -> str:
 
 @dataclass
 class _Fit:
-    """Fits specs on one engine; what several of them want captured is captured once."""
+    """Fits specs on one engine; what several of them want captured is captured once, if it is said that there will be
+    several (`again`): a lot of memory else.
+    """
 
     engine: Engine
     identity: ModelIdentity
     created_at: datetime
     context: Context
+    again: bool
     _captured: dict[Capture, Activations] = field(default_factory=dict)
     _h_norm: dict[Point, dict[int, float]] = field(default_factory=dict)
 
@@ -165,6 +168,8 @@ class _Fit:
             for point, norms in found.norms.items():
                 layers = wanted.wanted.at(point, self.engine.layers)
                 self._h_norm.setdefault(point, {}).update(zip(layers, map(float, norms), strict=True))
+            if not self.again:
+                return found
             self._captured[wanted] = found
         return self._captured[wanted]
 
@@ -212,6 +217,7 @@ def _manifest(
             "weights_digest": identity["weights_digest"],
             "tokenizer_digest": identity["tokenizer_digest"],
             "name": engine.model_name,
+            "revision": identity.get("revision"),
         },
         "sites": [
             {

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from steering_store.blobs import fsync
 
@@ -43,6 +43,8 @@ class ModelIdentity(TypedDict):
     vocab_size: int | None
     tokenizer_digest: str | None
     weights_digest: str | None
+    revision: NotRequired[str | None]
+    """The commit of the repository on a model hub that a snapshot in the local cache is of."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def model_identity(path: str) -> ModelIdentity:
             vocab_size=None,
             tokenizer_digest=None,
             weights_digest=None,
+            revision=None,
         )
     config = json.loads((folder / "config.json").read_text("utf-8"))
     text = config.get("text_config") or config
@@ -122,7 +125,14 @@ def model_identity(path: str) -> ModelIdentity:
         vocab_size=text.get("vocab_size", config.get("vocab_size")),
         tokenizer_digest=f"sha256:{_sha256(tokenizer)}" if tokenizer.is_file() else None,
         weights_digest=_weights_digest(folder),
+        revision=_revision(folder),
     )
+
+
+def _revision(folder: Path) -> str | None:
+    """The hub's cache calls the folder of a snapshot by its commit."""
+    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if is_snapshot else None
 
 
 def _local_folder(path: str) -> Path | None:

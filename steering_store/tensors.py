@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,12 +54,24 @@ class TensorEntry:
     size: int
 
 
-def read_header(stream: BinaryIO, file: str) -> dict[str, TensorEntry]:
+class Header(NamedTuple):
+    """Which tensors a file holds, and what is said of it besides."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+
+def read_header(stream: BinaryIO, file: str, limit: int = MAX_HEADER_BYTES) -> dict[str, TensorEntry]:
     """Read which tensors a safetensors stream holds; every byte of it must belong to one of them.
 
-    `file` is its name in messages. Raises InvalidTensor, TooLarge for a header beyond `MAX_HEADER_BYTES`, or
-    UnsupportedFile for a pickle in disguise.
+    `file` is its name in messages. Raises InvalidTensor, TooLarge for a header beyond `limit` bytes, or UnsupportedFile
+    for a pickle in disguise.
     """
+    return read_whole_header(stream, file, limit).tensors
+
+
+def read_whole_header(stream: BinaryIO, file: str, limit: int = MAX_HEADER_BYTES) -> Header:
+    """The header with its metadata; as `read_header` otherwise."""
     total = stream.seek(0, 2)
     stream.seek(0)
     prefix = stream.read(8)
@@ -68,17 +80,17 @@ def read_header(stream: BinaryIO, file: str) -> dict[str, TensorEntry]:
         if prefix.startswith(_PICKLE_STARTS):
             raise pickle_refused(file)
         raise _malformed(file, "it is truncated")
-    if length > MAX_HEADER_BYTES:
+    if length > limit:
         raise TooLarge(
-            f"file {file!r}: its header has {length} bytes, and at most {MAX_HEADER_BYTES} are accepted; write fewer "
+            f"file {file!r}: its header has {length} bytes, and at most {limit} are accepted; write fewer "
             "tensors into it, or less metadata",
             "files",
         )
-    entries = _parse_header(stream.read(length), file)
+    entries, metadata = _parse_header(stream.read(length), file)
     begin = 8 + length
     tensors = {name: _entry(file, name, entry, begin) for name, entry in entries.items()}
     _check_extent(file, tensors, begin, total)
-    return tensors
+    return Header(tensors, metadata)
 
 
 def check_tensors(manifest: Manifest, paths: Mapping[str, Path]) -> None:
@@ -122,7 +134,9 @@ def _check_indices(indices: Tensor, file: str, name: str, width: int) -> None:
 
 
 def read_tensors(
-    source: Path | bytes | BinaryIO, wanted: Mapping[str, Sequence[int] | None] | None = None
+    source: Path | bytes | BinaryIO,
+    wanted: Mapping[str, Sequence[int] | None] | None = None,
+    header_limit: int = MAX_HEADER_BYTES,
 ) -> dict[str, Tensor]:
     """Read tensors of a safetensors file, or of its bytes; all of them, or those `wanted`, by name.
 
@@ -131,7 +145,7 @@ def read_tensors(
     """
     file = source.name if isinstance(source, Path) else "<bytes>"
     with _opened(source) as stream:
-        entries = read_header(stream, file)
+        entries = read_header(stream, file, header_limit)
         names: Mapping[str, Sequence[int] | None] = dict.fromkeys(entries) if wanted is None else wanted
         return {
             name: _whole(stream, entries[name]) if rows is None else _rows(stream, entries[name], rows)
@@ -159,15 +173,17 @@ def _opened(source: Path | bytes | BinaryIO) -> contextlib.AbstractContextManage
     return BytesIO(source) if isinstance(source, bytes) else contextlib.nullcontext(source)
 
 
-def _parse_header(raw: bytes, file: str) -> dict[str, _HeaderEntry]:
+def _parse_header(raw: bytes, file: str) -> tuple[dict[str, _HeaderEntry], dict[str, str]]:
     name = ""
     try:
         content = from_json(raw)
         if not isinstance(content, dict):
             raise ValueError("its header is not a JSON object")
-        content.pop("__metadata__", None)
+        metadata = content.pop("__metadata__", None)
+        said = metadata if isinstance(metadata, dict) else {}
         # One by one, so that the first that is wrong is the only one that is told of: of all, errors fill the memory.
-        return {(name := key): _HeaderEntry.model_validate(entry) for key, entry in content.items()}
+        entries = {(name := key): _HeaderEntry.model_validate(entry) for key, entry in content.items()}
+        return entries, {key: value for key, value in said.items() if isinstance(value, str)}
     except ValidationError as exc:
         error = exc.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in (name, *error["loc"]))

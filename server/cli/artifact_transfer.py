@@ -141,12 +141,16 @@ def import_(
             envvar="POLYHELM_ACTIVATIONS",
             exists=True,
             dir_okay=False,
-            help="For an SAE: an answer of POST /v1/activations with positions all, to measure it on.",
+            help="An answer of POST /v1/activations with positions all: to measure an SAE on, and for h_norm.",
         ),
     ] = None,
     description: Annotated[str, typer.Option(envvar="POLYHELM_DESCRIPTION")] = "",
     license: Annotated[str | None, typer.Option(envvar="POLYHELM_LICENSE", help="Licence of the artifact.")] = None,
     strength: Annotated[float, typer.Option(envvar="POLYHELM_STRENGTH", help="Default strength.")] = 1.0,
+    language: Annotated[
+        list[str] | None, typer.Option(envvar="POLYHELM_LANGUAGE", help="Of another project: a language, such as sw.")
+    ] = None,
+    by: By = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     store: StoreUrl = None,
     as_json: AsJson = False,
@@ -156,9 +160,9 @@ def import_(
         target = opened(data_dir, store, create=True)
         options = ForeignOptions(
             model, data_dir, format, point, layer, norm_factor, activations, description, license, strength,
-            target.max_bytes,
+            tuple(language or ()), target.max_bytes,
         )  # fmt: skip
-        version, created = _import(target, name, source, options)
+        version, created = _import(target, name, source, options, by)
     print_published(version, created, as_json)
 
 
@@ -169,7 +173,7 @@ def convert(
 ) -> None:
     """Turn a pickle into safetensors, without running what it may contain; then `import` the result."""
     with failures_named():
-        paths = convert_pickle(source, target)
+        paths = convert_pickle(source, target, Settings().max_artifact_bytes)
     if as_json:
         print_json([str(path) for path in paths])
     else:
@@ -186,32 +190,32 @@ def _export_archive(store: Store, version: ArtifactVersion, target: Path) -> Non
         raise
 
 
-def _import(store: Store, name: str, source: str, options: ForeignOptions) -> Publication:
+def _import(store: Store, name: str, source: str, options: ForeignOptions, by: str | None) -> Publication:
     if not source.startswith(hub.SCHEME):
-        return _import_path(store, name, Path(source), options)
+        return _import_path(store, name, Path(source), options, by)
     check_allowed(source, Settings().allowed_remotes)
     with tempfile.TemporaryDirectory() as folder:
         snapshot = hub.download(hub.parse_source(source), Path(folder), max_bytes=store.max_bytes)
-        return _import_path(store, name, snapshot.location, options, str(snapshot.source))
+        return _import_path(store, name, snapshot.location, options, by, str(snapshot.source))
 
 
 def _import_path(
-    store: Store, name: str, path: Path, options: ForeignOptions, origin: str | None = None
+    store: Store, name: str, path: Path, options: ForeignOptions, by: str | None, origin: str | None = None
 ) -> Publication:
     if not path.exists():
         raise StoreError(f"{str(path)!r} does not exist", "source")
     if path.suffix == ".tar":
-        return import_archive(store, name, path)
+        return import_archive(store, name, path, by=by)
     if (path / MANIFEST).is_file():
-        return _publish_folder(store, name, path)
+        return _publish_folder(store, name, path, by)
     draft = draft_of(path, options, origin)
     with tempfile.TemporaryDirectory() as folder:
-        return store.publish(name, draft.manifest, draft.write(Path(folder)))
+        return store.publish(name, draft.manifest, draft.write(Path(folder)), by=by)
 
 
-def _publish_folder(store: Store, name: str, folder: Path) -> Publication:
+def _publish_folder(store: Store, name: str, folder: Path, by: str | None) -> Publication:
     """A folder in our own layout: a manifest, and the files that it names, beside it."""
     text = (folder / MANIFEST).read_bytes()
     manifest = parse_manifest(text)
     names = {site.file for site in manifest.sites} | ({manifest.labels} if manifest.labels else set())
-    return store.publish(name, text, {each: folder / each for each in names})
+    return store.publish(name, text, {each: folder / each for each in names}, by=by)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steering_store.errors import UnsupportedFile
+from steering_store.errors import TooLarge, UnsupportedFile
+from steering_store.formats.files import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,33 +28,48 @@ _UNREADABLE = (
     TypeError,
     AttributeError,
     AssertionError,
+    ArithmeticError,
+    zipfile.BadZipFile,
+    OSError,
 )
 """What torch.load raises for what it refuses, and for damaged files."""
 _STANDARD = {"encoder.weight", "encoder.bias", "decoder.weight", "bias"}
 _TOP_K = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k"}
 
 
-def convert(source: Path, target: Path) -> list[Path]:
+def convert(source: Path, target: Path, max_bytes: int = 1 << 30) -> list[Path]:
     """Write what a pickle holds into the folder `target`, ready for `polyhelm artifact import`; return the files.
 
     An SAE of dictionary_learning (`ae.pt`, with `config.json` beside it) is written as SAELens lays one out; anything
     else as `NAME.safetensors`, with the names of nested dictionaries joined by dots, and whole numbers as `layer.N`.
-    Raises UnsupportedFile for what weights_only refuses, and for content that isn't named tensors.
+    The file and what it holds may have `max_bytes`. Raises UnsupportedFile for what weights_only refuses, and for
+    content that isn't named tensors, TooLarge, or InvalidManifest for a broken `config.json`.
     """
     import torch
     from safetensors.torch import save_file
 
+    _check_size(source.name, source.stat().st_size, max_bytes)
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                _check_size(source.name, sum(member.file_size for member in archive.infolist()), max_bytes)
+        with warnings.catch_warnings():
+            # Of odd protocols torch warns, and then reads them or doesn't.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(source, map_location="cpu", weights_only=True)
     except _UNREADABLE as exc:
         reason = (str(exc).splitlines() or [type(exc).__name__])[0][:200]
         raise UnsupportedFile(
             f"{source.name} can't be read with weights_only=True: {reason}; save a dictionary of tensors instead",
             "path",
         ) from None
-    tensors = dict(_tensors(content, "", source.name))
+    found = dict(_tensors(content, "", source.name))
+    # A few bytes of a pickle can describe a tensor of any size: as many views of one value.
+    _check_size(source.name, sum(tensor.numel() * tensor.element_size() for tensor in found.values()), max_bytes)
+    # Copies of their own: safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
+    config = _dictionary_learning(tensors, source.with_name("config.json"), source.name)
     target.mkdir(parents=True, exist_ok=True)
-    config = _dictionary_learning(tensors, source.with_name("config.json"))
     if config is None:
         path = target / f"{source.stem}.safetensors"
         save_file(tensors, path)
@@ -62,12 +80,19 @@ def convert(source: Path, target: Path) -> list[Path]:
     return [target / "cfg.json", target / "sae_weights.safetensors"]
 
 
+def _check_size(file: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise TooLarge(f"{file}: {size} bytes, and POLYHELM_MAX_ARTIFACT_BYTES allows {max_bytes}", "path")
+
+
 def _tensors(content: Any, prefix: str, file: str) -> Iterator[tuple[str, Tensor]]:
+    import torch
     from torch import Tensor
 
     if isinstance(content, Tensor):
-        # A copy of its own: safetensors refuses tensors that share memory.
-        yield prefix or "tensor", content.detach().clone().contiguous()
+        if content.layout is not torch.strided or content.is_quantized or content.is_complex():
+            raise UnsupportedFile(f"{file}: {prefix!r} is {content.dtype}, {content.layout}; save it dense", "path")
+        yield prefix or "tensor", content
     elif isinstance(content, Mapping):
         for key, value in content.items():
             name = f"layer.{key}" if isinstance(key, int) else str(key)
@@ -82,7 +107,9 @@ def _tensors(content: Any, prefix: str, file: str) -> Iterator[tuple[str, Tensor
         raise UnsupportedFile(f"{file} holds a {type(content).__name__}; save a dictionary of tensors by name", "path")
 
 
-def _dictionary_learning(tensors: dict[str, Tensor], config: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def _dictionary_learning(
+    tensors: dict[str, Tensor], config: Path, file: str
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """cfg.json and weights in SAELens' layout, or None where this is no SAE of dictionary_learning.
 
     AutoEncoder: relu(encoder (x - bias)). AutoEncoderTopK: its k largest, with b_dec for bias. BatchTopKSAE: those of
@@ -93,8 +120,14 @@ def _dictionary_learning(tensors: dict[str, Tensor], config: Path) -> tuple[dict
     standard = tensors.keys() == _STANDARD
     if not standard and not _TOP_K <= tensors.keys() <= _TOP_K | {"threshold"}:
         return None
-    trainer = json.loads(config.read_text("utf-8")).get("trainer", {}) if config.exists() else {}
+    trainer = Folder(config.parent).json(config.name).get("trainer") if config.exists() else None
+    trainer = trainer if isinstance(trainer, dict) else {}
     encoder = tensors["encoder.weight"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if encoder.ndim != 2 or tensors["decoder.weight"].ndim != 2:
+        raise UnsupportedFile(f"{file}: an SAE whose encoder or decoder is no matrix: {shapes}", "path")
+    if scalars := [name for name in ("k", "threshold") if name in tensors and tensors[name].numel() != 1]:
+        raise UnsupportedFile(f"{file}: {scalars[0]} isn't one number: {shapes}", "path")
     weights = {
         "W_enc": encoder.T.contiguous(),
         "b_enc": tensors["encoder.bias"],

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
-from safetensors import safe_open
 
 from server.models import ModelError, model_identity, resolve_model
+from server.version import code_version
 from steering_store.errors import InvalidTensor, StoreError
-from steering_store.formats import FORMATS, Capture, Draft, Format, ImportOptions, gated, import_artifact
+from steering_store.formats import (
+    FORMATS,
+    Draft,
+    Format,
+    ImportOptions,
+    gated,
+    import_artifact,
+    with_config,
+    with_norms,
+)
+from steering_store.formats.files import check_room, count
 from steering_store.manifest import ModelSpec, Point
-from steering_store.tensors import Float32, read_tensors
+from steering_store.tensors import Float32, Tensor, read_tensors, read_whole_header
+
+HEADER_BYTES = 1 << 24
+"""Of activations: they have two tensors and a text for each prompt."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class ForeignOptions:
     description: str
     license: str | None
     strength: float
+    languages: tuple[str, ...]
     max_bytes: int
 
 
@@ -50,13 +64,15 @@ def draft_of(path: Path, options: ForeignOptions, origin: str | None) -> Draft:
             description=options.description,
             license=options.license,
             default_strength=options.strength,
+            languages=options.languages,
+            code_version=code_version(),
             max_bytes=options.max_bytes,
         ),
         cast("Format | None", _one_of(options.format, tuple(FORMATS), "format")),
     )
     if origin is not None:
-        draft = replace(draft, manifest=_with_origin(draft.manifest, origin))
-    if draft.sae is None:
+        draft = with_config(draft, {"source": origin})
+    if draft.sae is None and options.activations is None:
         return draft
     if options.activations is None:
         raise StoreError(
@@ -64,37 +80,55 @@ def draft_of(path: Path, options: ForeignOptions, origin: str | None) -> Draft:
             "POST /v1/activations, positions all, and give the file as --activations",
             "activations",
         )
-    return gated(draft, captured(options.activations, model.weights_digest))
+    activations = Activations(options.activations, model.weights_digest, options.max_bytes)
+    draft = with_config(draft, {"activations_sha256": activations.sha256})
+    return with_norms(gated(draft, activations), activations)
 
 
-def captured(path: Path, weights_digest: str | None) -> Capture:
-    """Activations [tokens, width] from an answer of POST /v1/activations, without the first token of each prompt.
+class Activations:
+    """An answer of POST /v1/activations, of which at most `max_bytes` are read at once. Called, it is a Capture: the
+    activations [tokens, width] at a site, without the first token of each prompt.
 
-    Raises InvalidTensor where they are of another model, or not there.
+    Raises InvalidTensor where the file is no such answer, or of another model than that with `weights_digest`.
     """
-    with safe_open(path, "np") as file:
-        theirs = (file.metadata() or {}).get("weights_digest")
-        names = set(file.keys())
-    if theirs and weights_digest and theirs != weights_digest:
-        raise InvalidTensor(f"{path.name} holds activations of another model, with weights {theirs}", "activations")
 
-    def capture(point: Point, layer: int) -> Float32:
-        prompts = [name.partition(".")[0] for name in names if name.endswith(f".{point}.{layer}")]
-        rows = []
-        for prompt in sorted(prompts):
-            wanted = dict.fromkeys([f"{prompt}.{point}.{layer}", f"{prompt}.positions"])
-            if missing := wanted.keys() - names:
-                raise InvalidTensor(f"{path.name} has no tensor {min(missing)!r}", "activations")
-            found = read_tensors(path, wanted)
-            values, positions = found[f"{prompt}.{point}.{layer}"], found[f"{prompt}.positions"]
-            if values.ndim != 2 or len(values) != len(positions):
-                raise InvalidTensor(f"{path.name} holds means: capture with positions all", "activations")
-            rows.append(values[positions > 0])
-        if not rows:
-            raise InvalidTensor(f"{path.name} holds nothing of {point}.{layer}: capture that site", "activations")
+    def __init__(self, path: Path, weights_digest: str | None, max_bytes: int) -> None:
+        with path.open("rb") as stream:
+            header = read_whole_header(stream, path.name, HEADER_BYTES)
+            stream.seek(0)
+            self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._path, self._max_bytes, self._entries = path, max_bytes, header.tensors
+        theirs = header.metadata.get("weights_digest")
+        if not theirs:
+            raise InvalidTensor(
+                f"{path.name} doesn't say with which weights it was captured; capture anew with POST /v1/activations",
+                "activations",
+            )
+        if theirs != weights_digest:
+            raise InvalidTensor(
+                f"{path.name} holds activations of another model, with weights {theirs[:80]}, not {weights_digest}",
+                "activations",
+            )
+
+    def __call__(self, point: Point, layer: int) -> Float32:
+        site = f".{point}.{layer}"
+        prompts = [name.removesuffix(site) for name in sorted(self._entries) if name.endswith(site)]
+        wanted = [name for prompt in prompts for name in (prompt + site, f"{prompt}.positions")]
+        if not wanted:
+            raise InvalidTensor(f"{self._path.name} holds nothing of {point}.{layer}: capture that site", "activations")
+        if missing := [name for name in wanted if name not in self._entries]:
+            raise InvalidTensor(f"{self._path.name} has no tensor {missing[0]!r}", "activations")
+        check_room(sum(4 * count(self._entries[name].shape) for name in wanted), self._path.name, self._max_bytes)
+        found = read_tensors(self._path, dict.fromkeys(wanted), HEADER_BYTES)
+        rows = [self._later(found[prompt + site], found[f"{prompt}.positions"]) for prompt in prompts]
+        if len({each.shape[1] for each in rows}) > 1:
+            raise InvalidTensor(f"{self._path.name}: {point}.{layer} differs in width; capture it anew", "activations")
         return np.concatenate(rows).astype(np.float32)
 
-    return capture
+    def _later(self, values: Tensor, positions: Tensor) -> Tensor:
+        if values.ndim != 2 or positions.ndim != 1 or len(values) != len(positions):
+            raise InvalidTensor(f"{self._path.name} holds means: capture with positions all", "activations")
+        return values[positions > 0]
 
 
 def _model(options: ForeignOptions) -> ModelSpec:
@@ -114,12 +148,8 @@ def _model(options: ForeignOptions) -> ModelSpec:
         weights_digest=identity["weights_digest"],
         tokenizer_digest=identity["tokenizer_digest"],
         name=found.name,
+        revision=identity.get("revision"),
     )
-
-
-def _with_origin(manifest: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    provenance = manifest["provenance"]
-    return {**manifest, "provenance": {**provenance, "config": {**provenance["config"], "source": origin}}}
 
 
 def _one_of(value: str | None, allowed: tuple[str, ...], option: str) -> str | None:

@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 
 from steering_store.errors import UnsupportedFile
-from steering_store.formats.draft import Draft, ImportOptions
+from steering_store.formats.draft import Draft, ImportOptions, with_config
 from steering_store.formats.files import Folder
 from steering_store.formats.gemma_scope import import_gemma_scope
 from steering_store.formats.gguf_vectors import export_gguf, import_gguf
 from steering_store.formats.llama_scope import import_llama_scope
-from steering_store.formats.reconstruction import Capture, gated
+from steering_store.formats.reconstruction import Capture, gated, with_norms
 from steering_store.formats.saelens import export_saelens, import_saelens
 from steering_store.formats.safetensors_vectors import import_safetensors
 from steering_store.formats.sparsify import import_sparsify
@@ -31,6 +31,8 @@ __all__ = [
     "export_saelens",
     "gated",
     "import_artifact",
+    "with_config",
+    "with_norms",
 ]
 
 Format = Literal["saelens", "gemma_scope", "llama_scope", "sparsify", "gguf", "safetensors"]

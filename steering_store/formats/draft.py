@@ -25,7 +25,7 @@ class ImportOptions:
     `model` is the model that the artifact is for. `point` and `layer` say where it belongs, and must agree with the
     file where that says it too. `norm_factor` is what activations are multiplied by before an SAE sees them, for the
     files that leave it out. `max_bytes` bounds the tensors of the file, as float32; an import needs about three times
-    that.
+    that. The others go into the manifest as they are.
     """
 
     model: ModelSpec
@@ -35,6 +35,8 @@ class ImportOptions:
     description: str = ""
     license: str | None = None
     default_strength: float = 1.0
+    languages: tuple[str, ...] = ()
+    code_version: str | None = None
     max_bytes: int = 1 << 30
 
 
@@ -85,14 +87,20 @@ def sae_draft(
     return Draft(manifest, tensors, sae)
 
 
+def with_config(draft: Draft, config: Mapping[str, Any]) -> Draft:
+    """The draft with more in the configuration that its provenance tells."""
+    provenance = draft.manifest["provenance"]
+    provenance = {**provenance, "config": {**provenance["config"], **config}}
+    return replace(draft, manifest={**draft.manifest, "provenance": provenance})
+
+
 def with_sae(draft: Draft, sae: Sae, config: Mapping[str, Any]) -> Draft:
     """The draft with another SAE at its site, and more in its provenance."""
     site = draft.manifest["sites"][0]
     point, layer = site["point"], site["layer"]
     tensors = {f"{point}.{layer}.{role}": np.ascontiguousarray(tensor) for role, tensor in sae.tensors().items()}
     sites = [_site(point, layer, name.rsplit(".", 1)[1], tensor) for name, tensor in tensors.items()]
-    provenance = {**draft.manifest["provenance"], "config": {**draft.manifest["provenance"]["config"], **config}}
-    manifest = {**draft.manifest, "sites": sites, "activation": sae.activation, "provenance": provenance}
+    manifest = {**with_config(draft, config).manifest, "sites": sites, "activation": sae.activation}
     parse_manifest(manifest)
     return replace(draft, manifest=manifest, tensors=tensors, sae=sae)
 
@@ -143,7 +151,8 @@ def _manifest(
         "model": options.model.model_dump(exclude_none=True),
         "sites": sites,
         "default_strength": options.default_strength,
-        "provenance": {"method": "import", "config": dict(source)},
+        "languages": list(options.languages),
+        "provenance": {"method": "import", "config": dict(source), "code_version": options.code_version},
         "license": options.license,
     }
 

@@ -130,6 +130,18 @@ def gated(draft: Draft, capture: Capture) -> Draft:
     return replace(draft, manifest={**draft.manifest, "metrics": metrics})
 
 
+def with_norms(draft: Draft, capture: Capture) -> Draft:
+    """The draft with the mean length of the activation at each of its sites as `h_norm`. Raises InvalidTensor."""
+    sites = sorted({(site["layer"], site["point"]) for site in draft.manifest["sites"]})
+    norms = {}
+    for layer, point in sites:
+        norm = float(np.linalg.norm(capture(point, layer).astype(np.float64), axis=1).mean())
+        if not 0 < norm < np.inf:
+            raise InvalidTensor(f"activations: those of {point}.{layer} have the mean length {norm}; capture others")
+        norms[str(layer)] = norm
+    return replace(draft, manifest={**draft.manifest, "h_norm": norms})
+
+
 def _check_activations(sae: Sae, activations: Float32) -> None:
     width = sae.encoder.shape[1]
     if activations.ndim != 2 or activations.shape[1] != width or len(activations) < MIN_TOKENS:

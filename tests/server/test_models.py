@@ -203,6 +203,7 @@ def test_identity_reads_nested_text_config_and_the_hub_cache(tmp_path: Path, mon
     identity = model_identity("owner/seen")
     assert [identity[key] for key in ("architecture", "hidden_size", "num_layers", "vocab_size")] == ["Both", 8, 2, 16]
     assert identity["tokenizer_digest"] is None and identity["weights_digest"] is None
+    assert identity["revision"] == "c" * 40 and model_identity(str(tmp_path))["revision"] is None
     assert set(model_identity("owner/never-downloaded").values()) == {None}
 
 

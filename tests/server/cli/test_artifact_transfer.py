@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from gguf import GGUFReader
 from safetensors.numpy import load_file, save_file
 
+from server.models import model_identity
+from server.version import code_version
 from steering_store import Store
 from tests.server.cli.artifact_cli import FILE, MANIFEST, assert_fails, publish_versions, run, run_json, vector
 from tests.steering_store.hub_server import COMMIT, serving
@@ -120,19 +123,51 @@ def test_sae_is_imported_only_with_activations_that_it_reconstructs(store: Store
     x = (np.maximum(rng.normal(size=(200, 8)) - 1, 0) @ basis.T).astype(np.float32)
     x[0] = 1e4
     captured = tmp_path / "captured.safetensors"
+    weights_digest = model_identity(model)["weights_digest"]
+    assert weights_digest is not None
+    ours = {"weights_digest": weights_digest}
     save_file({"0.resid_post.2": x, "0.positions": np.arange(200)}, captured)
+    assert_fails(run(*arguments, "--activations", str(captured)), 1, "doesn't say with which weights")
+    save_file({"0.resid_post.2": x, "0.positions": np.arange(200)}, captured, ours)
     version = store.resolve(run_json(*arguments, "--activations", str(captured))["ref"])
     assert version.manifest.metrics["fvu"] < 0.01
     assert version.manifest.metrics["reconstruction_tokens"] == 199
+    sha256 = hashlib.sha256(captured.read_bytes()).hexdigest()
+    assert version.manifest.provenance.config["activations_sha256"] == sha256
+    assert version.manifest.h_norm == {2: pytest.approx(np.linalg.norm(x[1:], axis=1).mean(), rel=1e-6)}
     foreign = rng.normal(size=(200, 8)).astype(np.float32) * 50 + 300
-    save_file({"0.resid_post.2": foreign, "0.positions": np.arange(200)}, captured)
+    save_file({"0.resid_post.2": foreign, "0.positions": np.arange(200)}, captured, ours)
     assert_fails(run(*arguments, "--activations", str(captured)), 1, "unexplained")
-    save_file({"0.resid_post.3": x, "0.positions": np.arange(200)}, captured)
+    save_file({"0.resid_post.3": x, "0.positions": np.arange(200)}, captured, ours)
     assert_fails(run(*arguments, "--activations", str(captured)), 1, "resid_post.2")
     save_file({"0.resid_post.2": x, "0.positions": np.arange(200)}, captured, {"weights_digest": "sha256:" + "0" * 64})
     assert_fails(run(*arguments, "--activations", str(captured)), 1, "another model")
     assert run_json("export", "features", str(tmp_path / "out"))["format"] == "saelens"
     assert load_file(tmp_path / "out" / "sae_weights.safetensors")["W_enc"].shape == (8, 8)
+
+
+def test_vector_is_imported_with_what_the_command_says(store: Store, tmp_path: Path, model: str) -> None:
+    save_file({"layers.1": np.ones(8, np.float32)}, tmp_path / "v.safetensors")
+    captured = tmp_path / "captured.safetensors"
+    digest = {"weights_digest": model_identity(model)["weights_digest"] or ""}
+    save_file({"0.resid_post.1": np.full((5, 8), 2, np.float32), "0.positions": np.arange(5)}, captured, digest)
+    arguments = (
+        "import",
+        "x",
+        str(tmp_path / "v.safetensors"),
+        "--model",
+        model,
+        "--language",
+        "sw",
+        "--language",
+        "en",
+    )
+    manifest = store.resolve(run_json(*arguments, "--activations", str(captured), "--by", "ana")["ref"]).manifest
+    assert manifest.languages == ["sw", "en"]
+    assert manifest.h_norm == {1: pytest.approx(np.sqrt(8) * 2)}
+    assert manifest.provenance.code_version == code_version()
+    assert [entry.by for entry in store.history("x")] == ["ana"]
+    assert_fails(run(*arguments[:-1], "??"), 1, "languages")
 
 
 def test_import_says_what_it_lacks(tmp_path: Path, model: str) -> None:

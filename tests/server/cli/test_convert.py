@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import ast
 import json
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from server.cli.convert import convert
-from steering_store.errors import UnsupportedFile
+from steering_store.errors import InvalidManifest, StoreError, TooLarge, UnsupportedFile
 from steering_store.formats import ImportOptions, import_artifact
 from steering_store.formats.reconstruction import features
 from steering_store.manifest import ModelSpec
+from tests.steering_store.mutations import mutations
 
 ROOT = Path(__file__).parents[3]
 WIDTH, FEATURES, TOP_K = 16, 48, 3
@@ -112,3 +117,88 @@ def test_nothing_but_the_command_can_reach_the_converter() -> None:
                 users.add(str(file.relative_to(ROOT)))
     assert "server/cli/convert.py" in users
     assert {user for user in users if not user.startswith("server/cli/")} == set()
+
+
+def sae(path: Path, **changed: torch.Tensor) -> Path:
+    tensors = {
+        "encoder.weight": torch.ones(FEATURES, WIDTH),
+        "encoder.bias": torch.ones(FEATURES),
+        "decoder.weight": torch.ones(WIDTH, FEATURES),
+        "b_dec": torch.ones(WIDTH),
+        "k": torch.tensor(TOP_K),
+        "threshold": torch.tensor(0.5),
+    }
+    torch.save(tensors | {name.replace("__", "."): tensor for name, tensor in changed.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"encoder__weight": torch.ones(FEATURES)}, "no matrix"),
+        ({"decoder__weight": torch.ones(2, 2, 2)}, "no matrix"),
+        ({"k": torch.ones(3)}, "k isn't one number"),
+        ({"threshold": torch.ones(0)}, "threshold isn't one number"),
+        ({"b_dec": torch.ones(2, 2).to_sparse()}, "save it dense"),
+        ({"b_dec": torch.ones(2, dtype=torch.complex64)}, "save it dense"),
+    ],
+)
+def test_sae_of_odd_shapes_is_refused(tmp_path: Path, changed: dict[str, torch.Tensor], words: str) -> None:
+    with pytest.raises(UnsupportedFile, match=words):
+        convert(sae(tmp_path / "ae.pt", **changed), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"', "\xff", '{"trainer": [1]}', '{"trainer": {"layer": {}}}'])
+def test_broken_config_beside_an_sae_is_named_or_says_nothing(tmp_path: Path, text: str) -> None:
+    path = sae(tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    if "trainer" in text:
+        assert len(convert(path, tmp_path / "out")) == 2
+    else:
+        with pytest.raises(InvalidManifest, match=r"config\.json"):
+            convert(path, tmp_path / "out")
+
+
+def test_sizes_are_limits(tmp_path: Path) -> None:
+    """Of the file, of what is packed in it, and of what a few bytes of it describe."""
+    torch.save({"a": torch.ones(1000)}, tmp_path / "large.pt")
+    torch.save({"a": torch.ones(1).expand(1 << 40)}, tmp_path / "views.pt")
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "stored.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as stored,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in stored.infolist():
+            packed.writestr(member.filename, stored.read(member), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "packed.pt").stat().st_size < 10_000
+    for name, limit in (("large", 4000), ("views", 100_000), ("packed", 100_000)):
+        with pytest.raises(TooLarge, match=f"{name}.pt"):
+            convert(tmp_path / f"{name}.pt", tmp_path / "out", limit)
+    assert convert(tmp_path / "large.pt", tmp_path / "out", 10_000)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_changed_bytes_give_clear_errors_only(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "ae.pt"
+    tensors = torch.load(sae(path), weights_only=True)
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    original = path.read_bytes()
+    outcomes = {"converted": 0, "refused": 0}
+
+    @settings(max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(changes=st.lists(mutations(), min_size=1, max_size=3))
+    def fuzz(changes: list[Callable[[bytes], bytes]]) -> None:
+        raw = original
+        for change in changes:
+            raw = change(raw)
+        path.write_bytes(raw)
+        try:
+            convert(path, tmp_path / "out", 1 << 20)
+            outcomes["converted"] += 1
+        except StoreError as exc:
+            assert len(exc.message) < 1000
+            outcomes["refused"] += 1
+
+    fuzz()
+    assert outcomes["refused"] > 25, outcomes

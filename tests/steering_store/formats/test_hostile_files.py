@@ -24,6 +24,7 @@ from steering_store.formats import FORMATS, Draft, detect, import_artifact
 from steering_store.formats.files import MAX_JSON_BYTES
 from tests.steering_store.formats import layouts
 from tests.steering_store.formats.layouts import OPTIONS, SAES, VECTORS, Written
+from tests.steering_store.mutations import mutations
 
 LAYOUTS = pytest.mark.parametrize("layout", SAES + VECTORS, ids=lambda layout: layout.__name__)
 MEMORY = 24 << 20
@@ -286,39 +287,9 @@ def test_broken_json_is_a_clear_error(content: bytes, layout: Callable[[Path], W
         import_artifact(written.path, written.options)
 
 
-INTERESTING = [0, 1, 2, 7, 8, 9, 255, 1 << 16, (1 << 31) - 1, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
 JSON_VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.just([]), st.just({}), st.just([[0]])
 )
-
-
-@st.composite
-def mutations(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Changes to a file's bytes, most of them in its header."""
-    kind = draw(st.sampled_from(["flip", "number", "cut", "insert", "repeat", "digits"]))
-    near = draw(st.sampled_from([64, 512, 4096, 1 << 20]))
-    position, length = draw(st.integers(0, near)), draw(st.integers(1, 64))
-    filling, number = draw(st.binary(min_size=1, max_size=16)), draw(st.sampled_from(INTERESTING))
-    backwards = draw(st.booleans())
-
-    def mutate(raw: bytes) -> bytes:
-        at = position % (len(raw) + 1)
-        if backwards:
-            at = len(raw) - at
-        if kind == "flip":
-            return raw[:at] + filling + raw[at + len(filling) :]
-        if kind == "number":
-            packed = number.to_bytes(8, "little")[: 4 if number < 1 << 32 else 8]
-            return raw[:at] + packed + raw[at + len(packed) :]
-        if kind == "cut":
-            return raw[:at] + raw[at + length :]
-        if kind == "insert":
-            return raw[:at] + filling + raw[at:]
-        if kind == "digits":
-            return raw[:at].replace(b"48", str(number).encode()) + raw[at:]
-        return raw[:at] + raw[at : at + length] * 3 + raw[at + length :]
-
-    return mutate
 
 
 @LAYOUTS
