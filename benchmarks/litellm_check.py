@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from openai import OpenAI
 CONFIG = Path(__file__).parents[1] / "docker" / "litellm.yaml"
 RESULTS = Path(__file__).parent / "results" / "litellm_check.json"
 START_SECONDS = 180
+MASTER_KEY = f"sk-{secrets.token_hex(32)}"
 MODEL = "smollm2"
 MESSAGES: Any = [{"role": "user", "content": "How was the film?"}]
 STEERING = {"interventions": [{"artifact": "sentiment", "strength": 2.5, "apply": {"prompt_positions": [-1]}}]}
@@ -72,6 +74,8 @@ def proxy(program: Path, url: str) -> Iterator[str]:
     variables = {**os.environ, "POLYHELM_URL": f"{url}/v1", "POLYHELM_API_KEY": "unused"}
     # Else it asks the network for a table of prices, and waits.
     variables["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    # It doesn't start without one.
+    variables["LITELLM_MASTER_KEY"] = MASTER_KEY
     command = [str(program), "--config", str(CONFIG), "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
@@ -148,7 +152,7 @@ def touched(receipt: dict[str, Any] | None) -> int | None:
 
 
 def client(address: str) -> OpenAI:
-    return OpenAI(base_url=f"{address}/v1", api_key="unused", http_client=httpx.Client(trust_env=False), timeout=300)
+    return OpenAI(base_url=f"{address}/v1", api_key=MASTER_KEY, http_client=httpx.Client(trust_env=False), timeout=300)
 
 
 def main() -> int:
