@@ -107,11 +107,21 @@ def ordinary(rows: Array, factor: float = 10.0) -> npt.NDArray[np.bool_]:
     A handful of them are most of the variance: an FVU with them says nothing about the others, and training wastes
     features.
     """
-    norms = np.concatenate(
-        [np.linalg.norm(rows[start : start + CHUNK].astype(np.float32), axis=1) for start in range(0, len(rows), CHUNK)]
-    )
+    return within(lengths(rows), factor)
+
+
+def within(norms: Array, factor: float = 10.0) -> npt.NDArray[np.bool_]:
+    """`ordinary`, of the rows' lengths."""
     kept: npt.NDArray[np.bool_] = norms <= factor * np.median(norms)
     return kept
+
+
+def lengths(rows: Array) -> Array:
+    """[tokens] of rows [tokens, width], which may be mapped from a file: a chunk at a time is read."""
+    parts = [
+        np.linalg.norm(rows[start : start + CHUNK].astype(np.float32), axis=1) for start in range(0, len(rows), CHUNK)
+    ]
+    return np.concatenate([*parts, np.empty(0, np.float32)])
 
 
 def calibrated(sae: Sae, rows: Array) -> Sae:

@@ -111,8 +111,9 @@ class LfSteeringSpec(MethodSpec):
             layer = self.options.layer if self.options.layer is not None else located.layer if located else 0
             rows = sae_rows.kept(context.work, layer)
             if rows is None:
-                activations: Activations = yield passages(self.texts, layer)
-                rows = sae_rows.keep(context.work, layer, sae_rows.rows_of(activations))
+                captured: Activations = yield passages(self.texts, layer)
+                rows = sae_rows.keep(context.work, layer, sae_rows.rows_of(captured))
+                del captured
             trained = sae_rows.train(rows, self.options.training, context.work, layer, context.progress)
             source = _Source(trained.sae, layer, trained.metrics, [])
         features = lf_steering.select(

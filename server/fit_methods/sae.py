@@ -49,8 +49,7 @@ class SaeSpec(MethodSpec):
         options = self.options
         rows = sae_rows.kept(context.work, options.layer)
         if rows is None:
-            activations = yield self.captures()[0]
-            rows = sae_rows.keep(context.work, options.layer, sae_rows.rows_of(activations))
+            rows = sae_rows.keep(context.work, options.layer, sae_rows.rows_of((yield self.captures()[0])))
         trained = sae_rows.train(rows, options.training, context.work, options.layer, context.progress)
         labels = _labels(trained.sae, rows, options.examples, context)
         return Fitted(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from methods import sae as saes
@@ -58,19 +59,31 @@ class Rows(NamedTuple):
         """[tokens, width]; row n is of token n + 1."""
         return self.values[self.ends[passage - 1] if passage else 0 : self.ends[passage]]
 
-    def split(self) -> tuple[Array, Array]:
-        """Those to train on, and those held out, without attention sinks."""
-        parts = [
-            [self.of(number) for number in range(len(self.ends)) if (number % HELD_OUT == HELD_OUT - 1) == held_out]
-            for held_out in (False, True)
-        ]
-        width = self.values.shape[1]
-        train, held_out = (np.concatenate([*part, np.empty((0, width), np.float32)]) for part in parts)
-        return _without_sinks(train), _without_sinks(held_out)
+    def split(self, folder: Path) -> tuple[Array, Array]:
+        """Those to train on, and those held out, without attention sinks: mapped from files in the folder, so that they
+        take no memory beside those that there are.
+        """
+        norms, passage = saes.lengths(self.values), np.repeat(np.arange(len(self.ends)), np.diff([0, *self.ends]))
+        held_out = passage % HELD_OUT == HELD_OUT - 1
+        parts = []
+        for name, part in (("train", ~held_out), ("held-out", held_out)):
+            chosen = np.flatnonzero(part)
+            if len(chosen):
+                chosen = chosen[saes.within(norms[chosen])]
+            parts.append(_copied(self.values, chosen, folder / f"{name}.npy"))
+        return parts[0], parts[1]
 
 
-def _without_sinks(rows: Array) -> Array:
-    return rows[saes.ordinary(rows)] if len(rows) else rows
+def _copied(rows: Array, chosen: npt.NDArray[np.int64], file: Path) -> Array:
+    """Some of the rows, in a file of their own, mapped. Files can't be mapped without rows."""
+    if not len(chosen):
+        return np.empty((0, rows.shape[1]), np.float32)
+    target = np.lib.format.open_memmap(file, "w+", np.float32, (len(chosen), rows.shape[1]))
+    for start in range(0, len(chosen), saes.CHUNK):
+        target[start : start + saes.CHUNK] = rows[chosen[start : start + saes.CHUNK]]
+    target.flush()
+    mapped: Array = np.load(file, mmap_mode="r", allow_pickle=False)
+    return mapped
 
 
 class Trained(NamedTuple):
@@ -97,13 +110,13 @@ def kept(folder: Path, layer: int) -> Rows | None:
 
 
 def keep(folder: Path, layer: int, rows: Rows) -> Rows:
-    """Keep them for another attempt: a checkpoint of a training belongs to the very rows."""
+    """Keep them for another attempt: a checkpoint of a training belongs to the very rows. Those of the file, mapped."""
     meta = folder / f"rows-{layer}.json"
     np.save(meta.with_suffix(".npy"), rows.values, allow_pickle=False)
     part = meta.with_suffix(".part")
     part.write_text(json.dumps({"ends": rows.ends, "ids": rows.ids}), "utf-8")
     part.rename(meta)
-    return rows
+    return rows._replace(values=np.load(meta.with_suffix(".npy"), mmap_mode="r", allow_pickle=False))
 
 
 def train(rows: Rows, training: SaeTraining, folder: Path, layer: int, progress: Progress) -> Trained:
@@ -112,7 +125,7 @@ def train(rows: Rows, training: SaeTraining, folder: Path, layer: int, progress:
     A checkpoint is kept in the folder, from where another attempt at the same training goes on.
     """
     config = sae_training.Config(**training.model_dump())
-    train_rows, held_out = rows.split()
+    train_rows, held_out = rows.split(folder)
     if len(held_out) < 2:
         raise ValueError(f"need at least {HELD_OUT} passages: every tenth is held out to measure the SAE")
     digest = hashlib.sha256(training.model_dump_json().encode()).hexdigest()[:16]

@@ -18,6 +18,7 @@ from methods import lf_steering, sae_training
 from methods.sae import Sae
 from server.api.errors import ApiError
 from server.engine.capture import CaptureSpec
+from server.fit_methods import sae_rows
 from server.fit_methods.registry import parse_spec
 from server.fits import run_fit
 from steering_store import ArtifactVersion, Store
@@ -195,6 +196,25 @@ def test_lf_steering_takes_the_features_that_tell_right_from_wrong(trained: tupl
     rows = loaded(folder, version)
     steered = x + 1.5 * rows.encode(x) @ rows.decoder
     np.testing.assert_allclose(steered, lf_steering.delta(sae, x, features, 1.5), atol=1e-4)
+
+
+def test_rows_are_split_into_mapped_files_without_sinks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ends = np.cumsum(rng.integers(1, 9, 40)).tolist()
+    values = rng.standard_normal((ends[-1], 5)).astype(np.float32)
+    values[[3, ends[8] + 0]] *= 500
+    rows = sae_rows.Rows(values, ends, [[0]] * 40)
+    train, held_out = rows.split(tmp_path)
+    assert isinstance(train, np.memmap) and isinstance(held_out, np.memmap)
+    ordinary = np.linalg.norm(values, axis=1) < 100
+    for found, wanted in ((train, False), (held_out, True)):
+        passages = [
+            rows.of(n)[ordinary[ends[n - 1] if n else 0 : ends[n]]] for n in range(40) if (n % 10 == 9) == wanted
+        ]
+        np.testing.assert_array_equal(found, np.concatenate(passages))
+    assert len(train) + len(held_out) == len(values) - 2
+    few, none = sae_rows.Rows(values[: ends[4]], ends[:5], [[0]] * 5).split(tmp_path)
+    assert len(few) == ends[4] - 1 and none.shape == (0, 5)
 
 
 def test_lf_steering_in_the_papers_form_replaces_the_activation(trained: tuple[Path, Any]) -> None:
