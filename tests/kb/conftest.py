@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from kb.collection import Collection
 from kb.index import IndexOptions
 from kb.knowledge_base import KnowledgeBase
+from tests.kb import postgres as postgres_server
 from tests.kb.ngrams import Ngrams
 
 BACKENDS = ("flat", "hnsw", "ivf", "qdrant", "postgres")
@@ -17,15 +17,8 @@ BACKENDS = ("flat", "hnsw", "ivf", "qdrant", "postgres")
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server with pgvector, started for this session."""
-    pgserver = pytest.importorskip("pgserver", reason="pgserver has PostgreSQL in its wheel")
-    # PostgreSQL doesn't run as root, and pytest's own folders are for their owner only.
-    with tempfile.TemporaryDirectory(prefix="polyhelm-postgres-") as folder:
-        Path(folder).chmod(0o755)
-        server = pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
-        try:
-            yield server.get_uri()
-        finally:
-            server.cleanup()
+    with postgres_server.running() as url:
+        yield url
 
 
 @pytest.fixture(params=BACKENDS)

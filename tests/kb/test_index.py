@@ -17,6 +17,7 @@ import pytest
 from kb import snapshots
 from kb.backends.sqlite.facts import SqliteFacts
 from kb.collection import Collection
+from kb.errors import KbFull
 from kb.facts import FactDraft
 from kb.filters import Filter
 from kb.index import IndexOptions, VectorIndex
@@ -158,6 +159,28 @@ def test_a_damaged_snapshot_is_said_and_not_used(
     assert made_from(again) == "facts"
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "not used" in caplog.text
+
+
+def test_a_full_disk_ends_a_snapshot_and_leaves_the_one_before(reopen: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/full stands for the file: the kernel itself says that there is no room."""
+    collection = reopen()
+    write(collection, *map(draft, range(60)))
+    collection.snapshot()
+    write(collection, *map(draft, range(60, 90)))
+    open_file = Path.open
+
+    def full(path: Path, mode: str = "r", **options: Any) -> Any:
+        if mode == "xb":
+            path.symlink_to("/dev/full")
+            mode = "wb"
+        return open_file(path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(KbFull, match="free some room"):
+            collection.snapshot()
+    again = reopen()
+    assert (len(ids(again)), made_from(again)) == (90, "snapshot")
 
 
 def test_a_snapshot_of_other_writes_is_not_used(reopen: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,31 +11,17 @@ from kb.scope import ScopeError, Text
 from kb.scope.cross_encoder import CrossEncoderDecider
 from kb.scope.pairs import Situation
 from kb.scope.storage import load, save
+from tests.kb.scope.cross_encoders import untrained
 
 pytest.importorskip("sentence_transformers")
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "who", "wrote", "faust", "hamlet", "macbeth", "?"]
+WORDS = ["who", "wrote", "faust", "hamlet", "macbeth", "?"]
 NOTHING = np.zeros(2, np.float32)
 
 
 @pytest.fixture(scope="module")
 def decider(tmp_path_factory: pytest.TempPathFactory) -> CrossEncoderDecider:
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("cross")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    size = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "initializer_range": 0.2,
-    }
-    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, num_labels=1, **size)
-    BertForSequenceClassification(config).save_pretrained(folder)
+    folder = untrained(tmp_path_factory.mktemp("cross"), WORDS)
     made = CrossEncoderDecider(str(folder))
     facts = tuple(Text(f"who wrote {book}?", "en", NOTHING) for book in ("faust", "hamlet"))
     questions = [Text(f"{book} who wrote?", "en", NOTHING) for book in ("faust", "hamlet", "macbeth")]

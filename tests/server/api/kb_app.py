@@ -26,10 +26,11 @@ NDJSON = "application/x-ndjson"
 
 
 @contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[TestClient]:
-    """A client of a server on the folder, which must hold a knowledge base that others may use as well."""
+def serving(folder: Path, place: str | None = None, **settings: Any) -> Iterator[TestClient]:
+    """A client of a server on the folder, which must hold a knowledge base that others may use as well, or on one at
+    another place."""
     app = FastAPI()
-    base = KnowledgeBase.open(folder / "kb")
+    base = KnowledgeBase.open(place or folder / "kb")
     replays = Replays(folder / "kb" / "replays.sqlite3")
     app.state.polyhelm = SimpleNamespace(
         kb=base, encoder=BatchedEncoder(Ngrams()), replays=replays, settings=Settings(**settings)

@@ -219,6 +219,18 @@ async def _leave(client: TestClient, content: bytes, key: str) -> None:
     await client.app(scope, receive, send)
 
 
+def test_a_fact_of_a_megabyte_is_413_and_its_neighbours_are_written(tmp_path: Path) -> None:
+    with serving(tmp_path) as client:
+        client.put(ROOT)
+        answer = put_lines(client, lines(fact(1), fact(2, text="x" * 1_000_000), fact(3, text="x" * 100_000)))
+        assert answer.status_code == 413, answer.text
+        (error,) = answer.json()["errors"]
+        assert (error["line"], error["error"]["type"]) == (2, "RequestTooLarge")
+        assert {each["id"] for each in client.get(f"{ROOT}/facts").json()["data"]} == {"f1", "f3"}
+        alone = client.put(f"{ROOT}/facts", json=[fact(2, text="x" * 1_000_000)])
+        assert alone.status_code == 413 and "131072" in alone.json()["error"]["message"]
+
+
 def test_another_kind_of_body_is_refused(client: TestClient) -> None:
     answer = client.put(f"{ROOT}/facts", content=b"a,b", headers={"Content-Type": "text/csv"})
     assert_refused(answer, 415, "UnsupportedMediaType", "Content-Type", NDJSON)

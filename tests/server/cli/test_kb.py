@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kb import encoders
+from kb.backends.sqlite import database
 from server.cli.kb import app
 from tests.kb.ngrams import Ngrams
 
@@ -93,3 +95,25 @@ def test_what_is_not_there_or_does_not_fit_is_said(facts: Path, tmp_path: Path) 
     assert run("import", "agents", str(more), "--encoder", "other").exit_code == 0
     more.write_text(json.dumps({"text": "without"}) + "\n")
     assert_fails(run("import", "agents", str(more), "--encoder", "other"), "is of encoder 'e5-small'")
+
+
+def test_a_full_disk_is_said_and_what_was_written_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's own limit: beyond it, every write fails as on a disk that is full."""
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"id": f"f{n}", "text": f"{n} " + "x" * 2000}) + "\n" for n in range(3000)))
+    connect = database._connect
+
+    def without_room(path: Path) -> sqlite3.Connection:
+        db = connect(path)
+        db.execute("PRAGMA max_page_count = 300")
+        return db
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_connect", without_room)
+        result = run("import", "agents", str(path), "--json")
+        assert_fails(result, "free some room")
+    written = json.loads(result.stdout)["created"]
+    assert 0 < written < 3000
+    (stats,) = run_json("stats")
+    assert stats["facts"] == written
+    assert run_json("import", "agents", str(path))["created"] == 3000 - written

@@ -1,4 +1,4 @@
-"""`polyhelm kb train-scope`, with the real encoder."""
+"""`polyhelm kb train-scope`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kb import encoders
 from kb.scope import ScopeError
 from kb.scope.storage import load
 from server.cli import app
+from tests.kb.ngrams import Ngrams
+from tests.kb.scope.cross_encoders import untrained
 from tests.kb.scope.questions import groups
 
 
@@ -39,6 +42,32 @@ def test_a_trained_decider_can_be_served_and_is_not_written_over(questions: Path
     assert json.loads((folder / "scope.json").read_text())["notes"]["held_out"] == answer["held_out"]
     code, _, message = run(questions, "--output", folder, "--kind", "threshold")
     assert code == 1 and "already" in message
+
+
+@pytest.fixture
+def small_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real one that takes no time."""
+    monkeypatch.setattr(encoders, "load", lambda name: Ngrams(name))
+
+
+@pytest.mark.usefixtures("small_encoder")
+def test_a_head_is_trained_and_knows_its_encoder(questions: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "scope"
+    code, printed, message = run(questions, "--output", folder, "--json")
+    assert code == 0, message
+    decider = load(folder)
+    assert json.loads(printed)["kind"] == decider.name == "head"
+    assert decider.encoder == Ngrams("e5-small").identity
+
+
+@pytest.mark.usefixtures("small_encoder")
+def test_a_cross_encoder_is_trained_from_a_folder(questions: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    tiny = untrained(tmp_path / "tiny", questions.read_text().lower().split())
+    folder = tmp_path / "scope"
+    code, printed, message = run(questions, "--output", folder, "--kind", "cross-encoder", "--model", tiny, "--json")
+    assert code == 0, message
+    assert json.loads(printed)["kind"] == load(folder).name == "cross_encoder"
 
 
 def test_what_cannot_be_trained_says_why(questions: Path, tmp_path: Path) -> None:
