@@ -86,9 +86,6 @@ def ray_serve(programs: Path, folder: Path, data_dir: Path) -> Iterator[tuple[ht
                 process.kill()
                 process.wait()
                 end["ends_on_sigint"] = False
-            # `serve run` leaves the cluster that it has started.
-            stop = [str(programs.resolve() / "ray"), "stop", "--force"]
-            subprocess.run(stop, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
 def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -24,6 +24,8 @@ START_SECONDS = 1800
 STOP_SECONDS = 90
 # Of one connection only (RFC 9110, section 7.6.1); the length is counted anew for a stream.
 HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"}
+# Ray's proxy writes its own.
+OF_THE_PROXY = {"date", "server"}
 
 
 @serve.deployment
@@ -68,7 +70,7 @@ class Polyhelm:
         url = httpx.URL(path=request.url.path, query=request.url.query.encode())
         sent = self._client.build_request(request.method, url, headers=headers, content=body)
         answer = await self._client.send(sent, stream=True)
-        kept = {name: value for name, value in answer.headers.items() if name not in HOP_BY_HOP}
+        kept = {name: value for name, value in answer.headers.items() if name not in HOP_BY_HOP | OF_THE_PROXY}
         return StreamingResponse(self._parts(answer), answer.status_code, kept)
 
     async def _parts(self, answer: httpx.Response) -> Any:
