@@ -5,8 +5,9 @@ the categories of methods/shared_neurons.py with the lengths of the down project
 sentences are shuffled against each other: what is shared without a common meaning.
 
 Then the neurons that are in a category for at least --share of the sentences are deactivated at every token, and so are
-as many random ones of each layer, and the log-probability of the last tokens of other sentences is compared. Writes
-results/shared_neurons.json and a section of docs/results.md.
+as many random ones of each layer, and the log-probability of the last tokens of other sentences is compared. So it is
+with CLAS, which scales partial-shared neurons up and specific ones down in the last third of the layers, against the
+same scaling of neurons drawn at random. Writes results/shared_neurons.json and a section of docs/results.md.
 
     POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/shared_neurons.py --model polyhelm-data/models/gemma3-270m
 """
@@ -27,15 +28,17 @@ from results_page import publish
 from safetensors import safe_open
 from spread import paired
 
-from methods.shared_neurons import CATEGORIES, Category, Report, Tally, control
+from methods.shared_neurons import CATEGORIES, Category, Report, Tally, clas, control
 from server.engine.edits import Edit
 
 LANGUAGES = ("eng", "deu", "spa", "fra", "rus", "tha", "tur", "vie", "zho-CN", "swa")
 """The paper's nine, with Swahili for Portuguese."""
 FIRST = 500
 """Sentences from 501 on: the first half is what other methods are fitted on. The last ones are scored."""
-DEACTIVATED: tuple[Category, ...] = ("all_shared", "specific")
+DEACTIVATED: tuple[Category, ...] = ("all_shared", "partial_shared", "specific")
 SCORED_TOKENS = 8
+BETA = GAMMA = 0.2
+"""CLAS as published."""
 
 
 def sentences(folder: Path, language: str) -> list[str]:
@@ -78,8 +81,8 @@ def deactivation(
     layers, neurons = tally.layers, tally.neurons
     encoded = {language: [model.encode(text) for text in each] for language, each in texts.items()}
 
-    def scores(key: str | None) -> dict[str, np.ndarray]:
-        edits = () if key is None else (Edit("scale", key, tuple(range(layers)), -1.0, point="mlp_act"),)
+    def scores(key: str | None, strength: float = -1.0) -> dict[str, np.ndarray]:
+        edits = () if key is None else (Edit("scale", key, tuple(range(layers)), strength, point="mlp_act"),)
         found = {}
         for language, each in encoded.items():
             requests = [Request(ids, min(SCORED_TOKENS, len(ids) - 1), edits) for ids in each]
@@ -87,12 +90,15 @@ def deactivation(
         print(f"scored: {key}", flush=True)
         return found
 
+    def scaled(key: str, weights: np.ndarray, strength: float) -> dict[str, np.ndarray]:
+        model.upload(key, {layer: {"mask": each} for layer, each in enumerate(weights)}, "mlp_act")
+        return scores(key, strength)
+
     def deactivated(key: str, members: list[np.ndarray]) -> dict[str, np.ndarray]:
         masks = np.zeros((layers, neurons), np.float32)
         for layer, chosen in enumerate(members):
             masks[layer, chosen] = 1
-        model.upload(key, {layer: {"mask": mask} for layer, mask in enumerate(masks)}, "mlp_act")
-        return scores(key)
+        return scaled(key, masks, -1.0)
 
     plain, found = scores(None), {}
     for category in DEACTIVATED:
@@ -102,23 +108,44 @@ def deactivation(
             continue
         ours = deactivated(category, members)
         drawn = [deactivated(f"{category}.{seed}", control(members, neurons, seed)) for seed in range(seeds)]
-        random = {language: np.mean([each[language] for each in drawn], axis=0) for language in encoded}
-        pooled = [np.concatenate([each[language] for language in encoded]) for each in (ours, random, plain)]
-        found[category] = {
-            "neurons": count,
-            "share": count / (layers * neurons),
-            "minus_none": paired(pooled[0], pooled[2]),
-            "random_minus_none": paired(pooled[1], pooled[2]),
-            "minus_random": paired(pooled[0], pooled[1]),
-            "by_language": {
-                language: {
-                    "minus_none": float((ours[language] - plain[language]).mean()),
-                    "minus_random": paired(ours[language], random[language]),
-                }
-                for language in encoded
-            },
-        }
+        found[category] = {"neurons": count, "share": count / (layers * neurons), **compared(ours, drawn, plain)}
+    weights = np.zeros((layers, neurons), np.float32)
+    late = range(layers * 2 // 3, layers)
+    partial, specific = (tally.members(category, share) for category in ("partial_shared", "specific"))
+    # At a share of one half a neuron can be in both.
+    specific = [np.setdiff1d(less, more) for less, more in zip(specific, partial, strict=True)]
+    chosen = clas(partial, specific, BETA, GAMMA)
+    for layer in late:
+        weights[layer, chosen[layer][0]] = chosen[layer][1]
+    if count := int(np.count_nonzero(weights)):
+        rng = np.random.default_rng(0)
+        shuffled = [np.stack([rng.permutation(each) for each in weights]) for _ in range(seeds)]
+        ours = scaled("clas", weights, 1.0)
+        drawn = [scaled(f"clas.{seed}", each, 1.0) for seed, each in enumerate(shuffled)]
+        found["clas"] = {"neurons": count, "share": count / (layers * neurons), **compared(ours, drawn, plain)}
     return found
+
+
+Scores = dict[str, np.ndarray]
+"""Of each sentence, by language."""
+
+
+def compared(ours: Scores, drawn: list[Scores], plain: Scores) -> dict[str, Any]:
+    """With what was not steered, and with the mean of the random draws."""
+    random = {language: np.mean([each[language] for each in drawn], axis=0) for language in plain}
+    pooled = [np.concatenate([each[language] for language in plain]) for each in (ours, random, plain)]
+    return {
+        "minus_none": paired(pooled[0], pooled[2]),
+        "random_minus_none": paired(pooled[1], pooled[2]),
+        "minus_random": paired(pooled[0], pooled[1]),
+        "by_language": {
+            language: {
+                "minus_none": float((ours[language] - plain[language]).mean()),
+                "minus_random": paired(ours[language], random[language]),
+            }
+            for language in plain
+        },
+    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -180,12 +207,22 @@ def section(results: dict[str, Any]) -> str:
         )
         for name, each in off["categories"].items()
     ]
+    scaled = (
+        f"`clas` scales instead, at the last third of the layers: partial-shared neurons by {1 + BETA:g}, specific ones by "
+        f"{1 - GAMMA:g}, against the same factors for random ones. "
+        if "clas" in off["categories"]
+        else ""
+    )
     verdicts = []
     for name, each in off["categories"].items():
         if each["neurons"]:
             low, high = each["minus_random"]["low"], each["minus_random"]["high"]
             word = "costs more than" if high < 0 else "costs less than" if low > 0 else "can't be told from"
-            verdicts.append(f"deactivating {name} neurons {word} deactivating as many random ones")
+            if name == "clas":
+                word = "is worse than" if high < 0 else "is better than" if low > 0 else "can't be told from"
+                verdicts.append(f"CLAS {word} the same scaling of random neurons")
+            else:
+                verdicts.append(f"deactivating {name} neurons {word} deactivating as many random ones")
     return f"""## Shared neurons: how many, and what they carry
 
 `benchmarks/shared_neurons.py`: {results["model"]}, {results["data"]["inputs"]} sentences of NTREX-128 in
@@ -198,7 +235,7 @@ each language, so that what is left is shared whatever the meaning.
 {chr(10).join(rows)}
 
 Deactivated at every token: neurons that are in the category for at least {off["share"]:.0%} of the sentences, or as
-many random ones of the same layers (mean of {off["seeds"]} draws). Log-probability of the last {SCORED_TOKENS} tokens
+many random ones of the same layers (mean of {off["seeds"]} draws). {scaled}Log-probability of the last {SCORED_TOKENS} tokens
 of {off["sentences"]} other sentences a language, nats a token, with 95% intervals over sentences:
 
 | category | neurons | minus not steered | random minus not steered | minus random |
