@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from steering_store.errors import READ_ONLY, CorruptArtifact, StoreFull, StoreReadOnly, TooLarge
 from steering_store.manifest import FileEntry
 
 CHUNK_BYTES = 1 << 20
 STALE_SECONDS = 3600.0
+REMEMBERED_SECONDS = 30.0
+MOST_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,26 @@ class Incoming:
 Source = Path | bytes | BinaryIO | Incoming
 
 
+class _Verified(NamedTuple):
+    """What a file was like when it was hashed, and when that was."""
+
+    state: tuple[int, ...]
+    at: float
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 class Blobs:
     """The folders `tmp/` and `blobs/sha256/ab/` of a store. Any number of processes may use them at once."""
 
     def __init__(self, root: Path) -> None:
         self._tmp = root / "tmp"
         self._blobs = root / "blobs" / "sha256"
+        self._verified: dict[str, _Verified] = {}
         for folder in (self._tmp, self._blobs):
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
         self.sweep(time.time() - STALE_SECONDS)
 
     @contextlib.contextmanager
@@ -146,8 +160,24 @@ class Blobs:
 
     def verified_path(self, entry: FileEntry) -> Path:
         """The path of a file, hashed just now. Raises CorruptArtifact."""
-        with self.open_verified(entry):
+        with self.open_verified(entry) as stream:
+            found = os.fstat(stream.fileno())
+            if len(self._verified) >= MOST_REMEMBERED:
+                self._verified.clear()
+            self._verified[entry.sha256] = _Verified(_state(found), time.monotonic())
             return self.path(entry.sha256)
+
+    def recent_path(self, entry: FileEntry) -> Path:
+        """The path of a file, hashed in the last `REMEMBERED_SECONDS` and not written to since. Raises CorruptArtifact.
+
+        A file that is read range by range would else be hashed whole for each of them.
+        """
+        path, known = self.path(entry.sha256), self._verified.get(entry.sha256)
+        if known is not None and time.monotonic() - known.at < REMEMBERED_SECONDS:
+            with contextlib.suppress(FileNotFoundError):
+                if _state(path.stat()) == known.state:
+                    return path
+        return self.verified_path(entry)
 
     def all(self) -> Iterator[tuple[str, os.stat_result]]:
         """The digest (hex) of every blob that is there, with its size and time."""
@@ -230,6 +260,14 @@ def _reader(source: Path | bytes | BinaryIO) -> contextlib.AbstractContextManage
     if isinstance(source, Path):
         return source.open("rb")
     return BytesIO(source) if isinstance(source, bytes) else contextlib.nullcontext(source)
+
+
+def _make(folder: Path) -> None:
+    """Create a folder and those above it, durably."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync(folder.parent)
 
 
 def fsync(path: Path) -> None:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Annotated, BinaryIO, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError, model_validator
@@ -82,11 +82,11 @@ def read_features(stream: BinaryIO) -> list[Label]:
     return sorted(_labels(stream), key=lambda each: each.index)
 
 
-def find_features(stream: BinaryIO, query: str, after: int | None, limit: int) -> FeaturePage:
+def find_features(features: Iterable[Label], query: str, after: int | None, limit: int) -> FeaturePage:
     """The first features behind the index `after` whose label has every word of the query, in any case and order."""
     words = query.casefold().split()
     least = -1 if after is None else after
-    found = [each for each in read_features(stream) if each.index > least and each.matches(words)]
+    found = [each for each in features if each.index > least and each.matches(words)]
     return FeaturePage(found[:limit], has_more=len(found) > limit)
 
 

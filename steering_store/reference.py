@@ -97,6 +97,6 @@ def pickle_refused(path: str) -> UnsupportedFile:
     """The refusal of a pickle, which could run code when loaded."""
     return UnsupportedFile(
         f"file {path!r} is a pickle, which could run code when opened and is never loaded; convert it offline with "
-        "torch.load(weights_only=True) and safetensors.torch.save_file, then publish the .safetensors file",
+        "`polyhelm artifact convert FILE FOLDER`, then publish or import the .safetensors file",
         param="files",
     )

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from steering_store.db import connect, migrate, transaction
 from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, InvalidManifest, InvalidTensor, TooLarge
 from steering_store.garbage import GRACE_SECONDS, Garbage
 from steering_store.holders import holders
-from steering_store.labels import FeaturePage, check_labels, find_features, read_labels
+from steering_store.labels import FeaturePage, Label, check_labels, find_features, read_features, read_labels
 from steering_store.leases import Lease, Leases
 from steering_store.lookup import Remembered
 from steering_store.manifest import FileEntry, Manifest, canonical_json, digest_of, parse_manifest, read_published
@@ -44,6 +45,9 @@ from steering_store.reference import Reference, check_alias, check_file_path, ch
 from steering_store.tensors import Tensor, check_tensors, read_hashed, read_tensors
 
 ALL = (1 << 62) - 1
+REMEMBERED_LABELS = 4
+MOST_REMEMBERED_LABELS = 8 << 20
+"""Bytes of a file; its lines take several times that."""
 
 
 class Store:
@@ -57,6 +61,8 @@ class Store:
         migrate(self._database)
         self._leases = Leases(self._database)
         self._remembered: Remembered[ArtifactVersion] = Remembered(self._database)
+        self._features_lock = threading.Lock()
+        self._known_features: dict[str, tuple[Label, ...]] = {}
 
     def publish(
         self,
@@ -174,9 +180,12 @@ class Store:
         raise CorruptArtifact(problem.message, "manifest")
 
     def file_path(self, version: ArtifactVersion, path: str) -> Path:
-        """Where a file of a version lies, its bytes verified just now. Raises ArtifactNotFound or CorruptArtifact."""
+        """Where a file of a version lies, its bytes verified in the last half minute and not written to since.
+
+        Raises ArtifactNotFound or CorruptArtifact.
+        """
         with self._unless_deleted(version):
-            return self._blobs.verified_path(_entry(version, path))
+            return self._blobs.recent_path(_entry(version, path))
 
     def load_tensors(
         self, version: ArtifactVersion, wanted: Mapping[str, Sequence[int] | None] | None = None
@@ -219,8 +228,7 @@ class Store:
             raise ArtifactNotFound(
                 f"{version.ref} has no labels to find a feature by; publish some, or fit sae_examples", "ref"
             )
-        with self._unless_deleted(version), self._blobs.open_verified(_entry(version, labels)) as file:
-            return find_features(file, query, after, limit)
+        return find_features(self._features(version, _entry(version, labels)), query, after, limit)
 
     def verify(self, ref: str | Reference | None = None) -> list[Problem]:
         """Hash one version, or every one, and say what is damaged; an empty list means nothing is."""
@@ -368,6 +376,18 @@ class Store:
                     (at, stated.get("reason") if at else None, name, version),
                 )
             return version_of(find_row(db, reference))
+
+    def _features(self, version: ArtifactVersion, entry: FileEntry) -> tuple[Label, ...]:
+        """The lines of a labels file; those of the last few are remembered, for whoever turns the pages of one."""
+        with self._unless_deleted(version), self._features_lock:
+            if (known := self._known_features.get(entry.sha256)) is None:
+                with self._blobs.open_verified(entry) as file:
+                    known = tuple(read_features(file))
+                if entry.size <= MOST_REMEMBERED_LABELS:
+                    if len(self._known_features) >= REMEMBERED_LABELS:
+                        del self._known_features[next(iter(self._known_features))]
+                    self._known_features[entry.sha256] = known
+            return known
 
     def _whole_file(self, entry: FileEntry) -> dict[str, Tensor]:
         with self._blobs.open(entry) as stream:

@@ -27,6 +27,7 @@ from server.cli.artifact_output import (
 )
 from steering_store import ArtifactVersion, Problem, Store
 from steering_store.labels import Label
+from steering_store.manifest import json_schema
 
 app = typer.Typer(name="artifact", help="Versioned steering artifacts.", no_args_is_help=True)
 
@@ -140,6 +141,12 @@ def features(
     print_table(("index", "label", "activation", "fires most in"), [_feature_cells(each) for each in page.items])
     if page.has_more:
         typer.echo(f"there are more: --after {page.items[-1].index}", err=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a manifest."""
+    print_json(json_schema())
 
 
 app.add_typer(artifact_changes.alias_app, name="alias")

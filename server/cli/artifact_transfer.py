@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +27,7 @@ from server.cli.convert import convert as convert_pickle
 from server.cli.foreign import ForeignOptions, draft_of
 from server.remote_sources import check_allowed
 from server.settings import Settings
-from steering_store import ArtifactVersion, Publication, Store, hub
+from steering_store import Publication, Store, hub
 from steering_store.archive import export_archive, import_archive
 from steering_store.errors import StoreError
 from steering_store.formats import export_gguf, export_saelens
@@ -100,12 +103,14 @@ def export(
     with failures_named():
         source = opened(data_dir, store)
         version = source.resolve(ref)
-        if wanted == "archive":
-            _export_archive(source, version, target)
-        elif wanted == "gguf":
-            export_gguf(version.manifest, source.load_tensors(version), target, chosen)
-        else:
-            export_saelens(version.manifest, source.load_tensors(version), target)
+        with _whole_or_nothing(target):
+            if wanted == "archive":
+                with target.open("xb") as stream:
+                    export_archive(source, version, stream)
+            elif wanted == "gguf":
+                export_gguf(version.manifest, source.load_tensors(version), target, chosen)
+            else:
+                export_saelens(version.manifest, source.load_tensors(version), target)
     if as_json:
         print_json({"ref": version.ref, "digest": version.digest, "path": str(target), "format": wanted})
     else:
@@ -181,12 +186,16 @@ def convert(
             typer.echo(str(path))
 
 
-def _export_archive(store: Store, version: ArtifactVersion, target: Path) -> None:
+@contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[None]:
+    """Remove what was written to a target that wasn't there before, where that failed on the way."""
     try:
-        with target.open("xb") as stream:
-            export_archive(store, version, stream)
-    except StoreError:
-        target.unlink()
+        yield
+    except BaseException:
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
         raise
 
 

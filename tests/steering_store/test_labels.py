@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from steering_store import ArtifactVersion, Store
+from steering_store import ArtifactVersion, Store, labels
 from steering_store.errors import ArtifactNotFound, CorruptArtifact, InvalidManifest
 from steering_store.labels import Example, Label, write_features
 
@@ -24,9 +24,9 @@ def sae(manifest: Content) -> Content:
     return manifest | {"kind": "sae", "activation": "relu", "sites": sites, "labels": "labels.jsonl"}
 
 
-def files(labels: bytes) -> dict[str, bytes]:
+def files(lines: bytes) -> dict[str, bytes]:
     weights = {"encoder": np.ones((FEATURES, WIDTH), np.float32), "decoder": np.ones((FEATURES, WIDTH), np.float32)}
-    return {"s.safetensors": save(weights | {"encoder_bias": np.zeros(FEATURES, np.float32)}), "labels.jsonl": labels}
+    return {"s.safetensors": save(weights | {"encoder_bias": np.zeros(FEATURES, np.float32)}), "labels.jsonl": lines}
 
 
 LABELS = '{"index": 4, "label": "questions"}\n{"index": 0, "label": "Fragen – ¿preguntas?"}'.encode()
@@ -165,3 +165,22 @@ def test_default_features_must_be_the_saes(store: Store, sae: Content, features:
     with pytest.raises(InvalidManifest) as refused:
         store.publish("sae", sae | {"default_features": features}, files(LABELS))
     assert str(refused.value.param).startswith(param)
+
+
+def test_pages_of_labels_parse_the_file_once(store: Store, sae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = shown(store, sae)
+    parsed: list[int] = []
+    read = labels.read_features
+
+    def counted(stream: BinaryIO) -> list[Label]:
+        parsed.append(1)
+        return read(stream)
+
+    monkeypatch.setattr("steering_store.store.read_features", counted)
+    pages = [store.find_features(version, after=after, limit=1).items for after in (None, 0, None)]
+    assert pages[0] == pages[2] != pages[1]
+    assert len(parsed) == 1
+    monkeypatch.setattr("steering_store.store.MOST_REMEMBERED_LABELS", 0)
+    other = Store(store._database.parent)
+    assert [other.find_features(version, limit=1).items for _ in range(2)] == [pages[0]] * 2
+    assert len(parsed) == 3

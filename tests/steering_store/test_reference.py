@@ -85,7 +85,7 @@ def test_file_path_that_is_not_a_plain_name_is_refused(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["v.pt", "v.bin", "v.PKL", "v.safetensors.pt"])
 def test_pickle_is_refused_with_the_remedy(path: str) -> None:
-    with pytest.raises(UnsupportedFile, match="save_file"):
+    with pytest.raises(UnsupportedFile, match="polyhelm artifact convert"):
         check_file_path(path)
 
 

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import save
 
 from steering_store import Reference, Store
+from steering_store.blobs import Blobs
 from steering_store.db import MIGRATIONS
 from steering_store.errors import (
     ArtifactNotFound,
@@ -27,6 +28,7 @@ from steering_store.errors import (
     TooLarge,
     UnsupportedFile,
 )
+from steering_store.manifest import FileEntry
 
 Content = dict[str, Any]
 Vectors = Callable[..., dict[str, bytes]]
@@ -290,3 +292,46 @@ def test_a_version_published_by_another_process_is_resolved_at_once(
     subprocess.run(arguments, input=content, check=True)
     assert store.resolve("mood").version == 2
     assert store.resolve("mood@1").version == 1
+
+
+def test_ranges_of_a_file_do_not_each_hash_it(
+    store: Store, manifest: dict[str, Any], vectors: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = store.publish("mood", manifest, vectors()).version
+    hashed: list[str] = []
+    open_verified = Blobs.open_verified
+
+    def counted(blobs: Blobs, entry: FileEntry) -> Any:
+        hashed.append(entry.path)
+        return open_verified(blobs, entry)
+
+    monkeypatch.setattr(Blobs, "open_verified", counted)
+    path = store.file_path(version, FILE)
+    assert [store.file_path(version, FILE) for _ in range(5)] == [path] * 5
+    assert len(hashed) == 1
+    # A check is one, whatever is remembered; and so is what comes long after.
+    assert store.verify() == []
+    assert len(hashed) == 2
+    with monkeypatch.context() as later:
+        later.setattr("steering_store.blobs.REMEMBERED_SECONDS", 0.0)
+        store.file_path(version, FILE)
+    assert len(hashed) == 3
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(CorruptArtifact):
+        store.file_path(version, FILE)
+    path.unlink()
+    with pytest.raises(CorruptArtifact):
+        store.file_path(version, FILE)
+    path.write_bytes(content)
+    assert store.file_path(version, FILE) == path
+
+
+def test_folders_are_made_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("steering_store.blobs.fsync", synced.append)
+    Store(tmp_path / "a" / "b")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "blobs"} <= set(synced)
+    synced.clear()
+    Store(tmp_path / "a" / "b")
+    assert synced == []

@@ -116,3 +116,8 @@ def test_damaged_version_is_named_beside_the_list(inputs: list[str], data_dir: P
     listed = run("list", "--json")
     assert [row["ref"] for row in json.loads(listed.stdout)] == ["other@1"]
     assert "damaged: the manifest of mood@1" in listed.stderr
+
+
+def test_schema_is_that_of_the_documentation() -> None:
+    published = Path(__file__).parents[3] / "docs" / "manifest.schema.json"
+    assert json.loads(run("schema").stdout) == json.loads(published.read_text("utf-8"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -67,6 +68,24 @@ def test_damaged_artifact_leaves_no_archive(store: Store, tmp_path: Path) -> Non
     store.file_path(version, FILE).write_bytes(b"x" * version.manifest.files[0].size)
     assert_fails(run("export", "mood@1", str(tmp_path / "mood.tar")), 1, FILE)
     assert not (tmp_path / "mood.tar").exists()
+
+
+@pytest.mark.parametrize(("export", "target"), [("export_archive", "m.tar"), ("export_gguf", "m.gguf"),
+                                                ("export_saelens", "m")])  # fmt: skip
+def test_export_that_breaks_off_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: str, target: str
+) -> None:
+    place = tmp_path / target
+
+    def broken(*_: object) -> None:
+        if target == "m":
+            place.mkdir()
+        (place / "cfg.json" if place.is_dir() else place).write_bytes(b"a part of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"server.cli.artifact_transfer.{export}", broken)
+    assert_fails(run("export", "mood@1", str(place)), 1, "No space")
+    assert not place.exists()
 
 
 def test_control_vector_goes_to_gguf_and_back(store: Store, tmp_path: Path, model: str) -> None:
