@@ -42,7 +42,8 @@ from server.engine.spans import Span
 RELATIONS = ("P36", "P407", "P495", "P159", "P17", "P364")
 """Capital, language of work, country of origin, headquarters, country, original language."""
 LAYER = 15
-COUNTS, ALPHAS = (16, 64), (2.0, 8.0, 30.0)
+"""Unless --layer says another: that of the SAE that is given, which may be the one that the classifier chose."""
+COUNTS, ALPHAS = (16, 64), (0.25, 0.5, 1.0, 2.0, 8.0, 30.0)
 MAX_PATTERNS, PAIRS, SEED = 5, 300, 0
 BUT_THE_FIRST = Span(exclude_prompt_positions=(0,))
 """The first token is an attention sink, on which a calibrated SAE is no use."""
@@ -130,28 +131,28 @@ def paraphrases(asked: list[Fact], given: list[Any]) -> list[tuple[list[int], li
     return found[:PAIRS]
 
 
-def located(model: LocalModel, pairs: list[tuple[list[int], list[int], bool]]) -> dict[str, Any]:
+def located(model: LocalModel, pairs: list[tuple[list[int], list[int], bool]], layer: int) -> dict[str, Any]:
     first, second = (model.last_states([pair[side] for pair in pairs]) for side in (0, 1))
     found = lf_steering.locate(first, second, np.array([same for _, _, same in pairs]))
     return {
         "layer": found.layer,
         "accuracy": float(found.accuracies[found.layer]),
         "majority": found.majority,
-        "accuracy_at_the_sae": float(found.accuracies[LAYER]),
+        "accuracy_at_the_sae": float(found.accuracies[layer]),
     }
 
 
-def upload(model: LocalModel, key: str, rows: Sae) -> None:
+def upload(model: LocalModel, key: str, rows: Sae, layer: int) -> None:
     tensors = {"encoder": rows.encoder, "bias": rows.encoder_bias, "decoder": rows.decoder, "threshold": rows.threshold}
-    model.upload(key, {LAYER: tensors})
+    model.upload(key, {layer: tensors})
 
 
-def edit(key: str, alpha: float) -> tuple[Edit, ...]:
-    return (Edit("rank", key, (LAYER,), alpha, BUT_THE_FIRST, function=Function("jumprelu")),)
+def edit(key: str, alpha: float, layer: int) -> tuple[Edit, ...]:
+    return (Edit("rank", key, (layer,), alpha, BUT_THE_FIRST, function=Function("jumprelu")),)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    started = time.monotonic()
+    started, layer = time.monotonic(), options.layer
     tensors = load_file(options.sae)
     sae = Sae(
         "jumprelu",
@@ -163,9 +164,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     # Every third fact: each part has all relations.
     fit, tune, test = everything[0::3], everything[1::3], everything[2::3]
     answers = chosen(model, fit, candidates, ())
-    probe = located(model, paraphrases(fit, answers))
+    probe = located(model, paraphrases(fit, answers), layer)
     pairs = contrasts(fit, answers)
-    right, wrong = (model.last_states([pair[side] for pair in pairs])[:, LAYER] for side in (0, 1))
+    right, wrong = (model.last_states([pair[side] for pair in pairs])[:, layer] for side in (0, 1))
     firing = np.flatnonzero((sae.encode(np.concatenate([right, wrong])) != 0).mean(0) > 0.01)
     print(f"{len(pairs)} contrasts, {len(firing)} features fire, {probe}", flush=True)
     chosen_features = {}
@@ -173,8 +174,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         features = lf_steering.select(sae, right, wrong, 0.0, count)
         drawn = np.random.default_rng(SEED).choice(firing, len(features.indices), replace=False)
         chosen_features[count] = features
-        upload(model, f"delta.{count}", lf_steering.delta_rows(sae, features))
-        upload(model, f"random.{count}", lf_steering.delta_rows(sae, lf_steering.Features(drawn, features.gains)))
+        upload(model, f"delta.{count}", lf_steering.delta_rows(sae, features), layer)
+        random_features = lf_steering.Features(drawn, features.gains)
+        upload(model, f"random.{count}", lf_steering.delta_rows(sae, random_features), layer)
 
     def run(asked: list[Fact], edits: tuple[Edit, ...]) -> Answers:
         return scored(asked, chosen(model, asked, candidates, edits))
@@ -182,21 +184,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     plain, curve, best = run(tune, ()), [], {}
     for arm in ("delta", "random"):
         for count, alpha in itertools.product(COUNTS, ALPHAS):
-            found = run(tune, edit(f"{arm}.{count}", alpha))
+            found = run(tune, edit(f"{arm}.{count}", alpha, layer))
             curve.append({"arm": arm, "count": count, "alpha": alpha, **means(found)})
             print(curve[-1], flush=True)
         fair = [row for row in curve if row["arm"] == arm and row["right"] >= plain.right.mean()]
         best[arm] = max(fair or [row for row in curve if row["arm"] == arm], key=lambda row: row["consistent"])
     count, alpha = best["delta"]["count"], best["delta"]["alpha"]
-    upload(model, "literal", lf_steering.literal_rows(sae, chosen_features[count], alpha))
-    upload(model, "reconstruction", lf_steering.literal_rows(sae, chosen_features[count], 0.0))
-    arms = {arm: edit(f"{arm}.{row['count']}", row["alpha"]) for arm, row in best.items()}
-    arms = {"none": (), **arms, "literal": edit("literal", 1.0), "reconstruction": edit("reconstruction", 1.0)}
+    upload(model, "literal", lf_steering.literal_rows(sae, chosen_features[count], alpha), layer)
+    upload(model, "reconstruction", lf_steering.literal_rows(sae, chosen_features[count], 0.0), layer)
+    arms = {arm: edit(f"{arm}.{row['count']}", row["alpha"], layer) for arm, row in best.items()}
+    arms = {
+        "none": (),
+        **arms,
+        "literal": edit("literal", 1.0, layer),
+        "reconstruction": edit("reconstruction", 1.0, layer),
+    }
     reported = {arm: run(test, edits) for arm, edits in arms.items()}
     others = [arm for arm in arms if arm != "delta"]
     return {
         "model": options.model.name,
-        "site": f"resid_post.{LAYER}",
+        "site": f"resid_post.{layer}",
         "facts": {"fit": len(fit), "tune": len(tune), "test": len(test), "relations": RELATIONS},
         "paraphrases": float(np.mean([len(fact.prompts) for fact in test])),
         "candidates": {relation: len(each) for relation, each in candidates.items()},
@@ -265,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--sae", type=Path, required=True, help="what benchmarks/lf_steering_sae.py trained")
+    parser.add_argument("--layer", type=int, default=LAYER, help="the SAE's")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("POLYHELM_BENCH_DATA", "data")))
     parser.add_argument(
         "--facts", type=int, default=42, help="per relation at most, a third each to fit, tune and test"
