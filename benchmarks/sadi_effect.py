@@ -269,13 +269,13 @@ def section(results: dict[str, Any]) -> str:
     def minus(task: dict[str, Any], method: str, arm: str) -> str:
         if arm == method:
             return ""
-        each, form = task[f"{method}_minus"][arm], "+.3f" if task["by_margin"] else "+.1%"
+        each, form = task[f"{method}_minus"][arm], "+.3f" if task.get("by_margin") else "+.1%"
         difference, low, high = (format(each[name], form) for name in ("difference", "low", "high"))
         return f"{difference} ({low} to {high})"
 
     parts = []
     for name, task in results["tasks"].items():
-        table, score = [], ".3f" if task["by_margin"] else ".1%"
+        table, score = [], ".3f" if task.get("by_margin") else ".1%"
         for arm, row in task["arms"].items():
             place = f"layer {row['place']}" if arm == "caa" else f"{row['place']} heads"
             chosen = "" if arm == "none" else f"{place}, {row['strength']:g}"
@@ -289,7 +289,7 @@ def section(results: dict[str, Any]) -> str:
         measured = (
             "All have the same wished answer: the table has by how many nats it is likelier, and a push towards it is "
             "all that is measured."
-            if task["by_margin"]
+            if task.get("by_margin")
             else f"The commoner answer is the wished one for {task['majority']:.1%} of these."
         )
         parts.append(f"""### {name}

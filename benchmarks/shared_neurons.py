@@ -208,8 +208,8 @@ def section(results: dict[str, Any]) -> str:
         for name, each in off["categories"].items()
     ]
     scaled = (
-        f"`clas` scales instead, at the last third of the layers: partial-shared neurons by {1 + BETA:g}, specific ones "
-        f"by {1 - GAMMA:g}, against the same factors for random ones. "
+        f"`clas` scales instead, at the last third of the layers: partial-shared neurons by {1 + BETA:g}, specific "
+        f"ones by {1 - GAMMA:g}, against the same factors for random ones. "
         if "clas" in off["categories"]
         else ""
     )
@@ -236,7 +236,8 @@ each language, so that what is left is shared whatever the meaning.
 
 Deactivated at every token: neurons that are in the category for at least {off["share"]:.0%} of the sentences, or as
 many random ones of the same layers (mean of {off["seeds"]} draws). {scaled}Log-probability of the last
-{SCORED_TOKENS} tokens of {off["sentences"]} other sentences a language, nats a token, with 95% intervals over sentences:
+{SCORED_TOKENS} tokens of {off["sentences"]} other sentences a language, nats a token, with 95% intervals over
+sentences:
 
 | category | neurons | minus not steered | random minus not steered | minus random |
 |---|---:|---:|---:|---:|
