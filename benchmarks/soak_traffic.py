@@ -96,8 +96,8 @@ class Traffic:
             await kind()
         except httpx.HTTPError as error:
             self.tally.broken[f"{name}: {type(error).__name__}"] += 1
-        except (KeyError, ValueError) as error:
-            # After a status that is counted already, or an answer that isn't what it should be.
+        except Exception as error:
+            # Whatever a kind trips over fails the run, and isn't lost with its task.
             self.tally.broken[f"{name}: {error!r}"[:200]] += 1
         if name in ("completion", "stream"):
             self.tally.seconds.append((began - self.started, time.monotonic() - began))
