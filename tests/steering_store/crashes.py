@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from steering_store import Store, blobs
-from tests.steering_store.store_model import Model, Operation, content, observed, perform
+from tests.steering_store.store_model import Model, Operation, contents, observed, perform
 
 NAMES = ("a", "b")
+PRESET = "p"
 ALIASES = ("production", "canary")
 FILLS = tuple(float(fill) for fill in range(1, 11))
-ACTIONS = {"publish": 8, "set_alias": 5, "delete_alias": 2, "yank": 3, "unyank": 1, "delete_version": 5, "collect": 4}
+ACTIONS = {"publish": 6, "publish_pair": 4, "publish_preset": 2, "set_alias": 5, "delete_alias": 2, "yank": 3,
+           "unyank": 1, "delete_version": 6, "collect": 4}  # fmt: skip
 OPERATIONS = 5
 MOST_POINTS = 70
 
@@ -56,7 +58,8 @@ def main(root: Path, manifest: dict[str, Any], seed: int, deaths: int) -> None:
         children += 1
         if death.killed:
             where[f"{death.pending[0] if death.pending else 'open'}: {death.point}"] += 1
-    print(json.dumps({"children": children, "where": where, "versions": model.last}))
+    told = {"seed": seed, "deaths": deaths, "children": children, "where": where, "versions": model.last}
+    print(json.dumps(told))
 
 
 def drawn(chance: random.Random, model: Model) -> list[Operation]:
@@ -65,10 +68,12 @@ def drawn(chance: random.Random, model: Model) -> list[Operation]:
     operations: list[Operation] = []
     for _ in range(OPERATIONS):
         action = chance.choices(list(ACTIONS), list(ACTIONS.values()))[0]
-        name = chance.choice(NAMES)
+        name = chance.choice(NAMES if action.startswith("publish") else (*NAMES, PRESET))
         numbers = [number for other, number in model.versions if other == name] or [1]
         arguments: dict[str, list[Any]] = {
             "publish": [name, chance.choice(FILLS)],
+            "publish_pair": [name, chance.choice(FILLS)],
+            "publish_preset": [PRESET, name, chance.choice(numbers)],
             "set_alias": [name, chance.choice(ALIASES), chance.choice(numbers)],
             "delete_alias": [name, chance.choice(ALIASES)],
             "collect": [],
@@ -86,14 +91,15 @@ def after(root: Path, model: Model, death: Death, *, collect: bool) -> Model:
     if death.pending is not None:
         further.apply(death.pending)
     store = Store(root)
-    seen = observed(store, NAMES)
+    seen = observed(store, (*NAMES, PRESET))
     found = next((state for state in (model, further) if state.visible() == seen.visible()), None)
     assert found is not None, (death, seen, model, further)
     if collect:
         store.collect_garbage(grace_seconds=0, dry_run=False)
         assert list((root / "tmp").iterdir()) == [], death
         left = {path.name for path in (root / "blobs").rglob("*") if path.is_file()}
-        assert left == {hashlib.sha256(content(fill)).hexdigest() for fill in found.versions.values()}, death
+        files = [file for value in found.versions.values() for file in contents(value).values()]
+        assert left == {hashlib.sha256(file).hexdigest() for file in files}, death
         assert store.verify() == []
     return found
 

@@ -8,18 +8,41 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from steering_store import Store
+from steering_store import ArtifactVersion, Store
 from steering_store.errors import ArtifactNotFound, InUse, Yanked
 
-FILE = "vectors.safetensors"
+FILE, SECOND = "vectors.safetensors", "second.safetensors"
 REFUSALS = (ArtifactNotFound, InUse, Yanked)
 
 Operation = list[Any]
 """An action and its arguments, as JSON holds them: ["publish", "a", 2.0]."""
 
 
-def content(fill: float) -> bytes:
-    return save({"layer.2": np.full(8, fill, np.float32)})
+Value = float | str
+"""What a version holds: one file with this fill, or `pair:FILL`, two of them, the first the same as that of the fill
+alone; or `preset:NAME:VALUE`, a preset of the version of NAME with that value."""
+
+
+def content(fill: float, layer: int = 2) -> bytes:
+    return save({f"layer.{layer}": np.full(8, fill, np.float32)})
+
+
+def contents(value: Value) -> dict[str, bytes]:
+    """The files of a version."""
+    if isinstance(value, float):
+        return {FILE: content(value)}
+    kind, _, rest = value.partition(":")
+    return {} if kind == "preset" else {FILE: content(float(rest)), SECOND: content(float(rest), layer=1)}
+
+
+def pair_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    (site,) = manifest["sites"]
+    return manifest | {"sites": [site, site | {"layer": 1, "file": SECOND, "tensor": "layer.1"}]}
+
+
+def preset_of(manifest: dict[str, Any], reference: str) -> dict[str, Any]:
+    common = {key: manifest[key] for key in ("schema_version", "model", "default_strength", "provenance")}
+    return common | {"kind": "preset", "interventions": [{"artifact": reference}]}
 
 
 def perform(store: Store, manifest: dict[str, Any], operation: Operation) -> Any:
@@ -28,7 +51,13 @@ def perform(store: Store, manifest: dict[str, Any], operation: Operation) -> Any
     try:
         if action == "publish":
             name, fill = arguments
-            return store.publish(name, manifest, {FILE: content(fill)}).version.version
+            return store.publish(name, manifest, contents(fill)).version.version
+        if action == "publish_pair":
+            name, fill = arguments
+            return store.publish(name, pair_of(manifest), contents(f"pair:{fill}")).version.version
+        if action == "publish_preset":
+            name, target, number = arguments
+            return store.publish(name, preset_of(manifest, f"{target}@{number}"), {}).version.version
         if action == "collect":
             store.collect_garbage(grace_seconds=0, dry_run=False)
         else:
@@ -40,10 +69,10 @@ def perform(store: Store, manifest: dict[str, Any], operation: Operation) -> Any
 
 @dataclass
 class Model:
-    """The state that matters: live versions by name and number, with what they are filled with; the highest numbers;
+    """The state that matters: live versions by name and number, with what they hold; the highest numbers;
     which are yanked; where the aliases point; and the audit trail."""
 
-    versions: dict[tuple[str, int], float] = field(default_factory=dict)
+    versions: dict[tuple[str, int], Value] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
     yanked: set[tuple[str, int]] = field(default_factory=set)
     aliases: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -55,7 +84,15 @@ class Model:
         acknowledged: Any = getattr(self, "_" + action)(*arguments)
         return acknowledged
 
-    def _publish(self, name: str, fill: float) -> int:
+    def _publish_pair(self, name: str, fill: float) -> int:
+        return self._publish(name, f"pair:{fill}")
+
+    def _publish_preset(self, name: str, target: str, number: int) -> int | None:
+        if (target, number) not in self.versions:
+            return None
+        return self._publish(name, f"preset:{target}:{self.versions[target, number]}")
+
+    def _publish(self, name: str, fill: Value) -> int:
         for (other, number), there in self.versions.items():
             if (other, there) == (name, fill):
                 return number
@@ -99,6 +136,7 @@ class Model:
 
     def _delete_version(self, name: str, number: int) -> bool | None:
         held = any(other == name and there == number for (other, _), there in self.aliases.items())
+        held = held or f"preset:{name}:{self.versions.get((name, number))}" in self.versions.values()
         if held or (name, number) not in self.versions:
             return None
         del self.versions[name, number]
@@ -114,6 +152,18 @@ class Model:
         return self.versions, self.yanked, self.aliases, sorted(self.trail, key=lambda entry: entry[0])
 
 
+def held(store: Store, version: ArtifactVersion) -> Value:
+    """What a version holds, every byte of it read."""
+    if version.manifest.interventions is not None:
+        (target,) = version.manifest.interventions
+        pinned = store.resolve(target.artifact)
+        return f"preset:{pinned.name}:{held(store, pinned)}"
+    tensors = store.load_tensors(version)
+    (fill,) = {float(value) for tensor in tensors.values() for value in tensor}
+    assert set(tensors) in ({"layer.2"}, {"layer.1", "layer.2"})
+    return f"pair:{fill}" if len(tensors) == 2 else fill
+
+
 def observed(store: Store, names: tuple[str, ...]) -> Model:
     """The state of a store, every file of it read."""
     model = Model()
@@ -123,9 +173,7 @@ def observed(store: Store, names: tuple[str, ...]) -> Model:
         except ArtifactNotFound:
             versions = []
         for version in versions:
-            values = store.load_tensors(version)["layer.2"]
-            assert (values == values[0]).all()
-            model.versions[name, version.version] = float(values[0])
+            model.versions[name, version.version] = held(store, version)
             model.yanked |= {(name, version.version)} if version.yanked else set()
         try:
             model.aliases |= {(name, alias.alias): alias.version for alias in store.aliases(name)}

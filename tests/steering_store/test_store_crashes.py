@@ -39,6 +39,6 @@ def test_no_death_loses_what_was_acknowledged_or_leaves_anything_half_done(
     assert sum(told["where"].values()) == DEATHS
     # What a run must have met to prove anything: each operation killed, and each kind of point.
     operations, points = (set(part) for part in zip(*(place.split(": ") for place in told["where"]), strict=True))
-    assert {"publish", "set_alias", "yank", "delete_version", "collect"} <= operations
+    assert {"publish", "publish_pair", "publish_preset", "set_alias", "yank", "delete_version", "collect"} <= operations
     assert {"write", "fsync", "replace", "unlink", "BEGIN", "INSERT", "DELETE", "COMMIT", "acknowledge"} <= points
     assert min(told["versions"].values()) > 10
