@@ -14,8 +14,8 @@ class AppliedEdit(BaseModel):
     least; for a gate it counts the tokens at which the gate was read. `tokens_from_cache` are tokens of the span that
     the prefix cache already held, edited in just this way by an earlier request. `relative_dose` is the largest over
     the layers of what doses.py defines, such as `|strength| * ||v|| / ||h||` of an add, with the mean activation norm
-    `||h||` of the data that the artifact was fitted on; null for a map, a renorm and a gate, and where the artifact has
-    no norms and they matter.
+    `||h||` of the data that the artifact was fitted on; null for a map, a renorm, a gate and what mode "frozen" puts
+    back, and where the artifact has no norms and they matter.
     """
 
     opcode: str
