@@ -1,7 +1,8 @@
-"""What the store needs: memory to publish and to load an artifact of 2 GiB, and time to resolve one of 10,000.
+"""What the store needs: memory to publish and to load an artifact of 2 GiB, also over HTTP, and time to resolve one of
+10,000.
 
 Memory is the peak of the resident set of a fresh process, above what it was when the store was open. A whole load
-returns 2 GiB of arrays, which are the caller's; they are subtracted. `--folder` needs room for 5 GiB.
+returns 2 GiB of arrays, which are the caller's; they are subtracted. `--folder` needs room for 7 GiB.
 
     make bench-setup && .venv/bin/python benchmarks/store_benchmark.py
 """
@@ -12,22 +13,32 @@ import argparse
 import json
 import multiprocessing
 import random
+import socket
 import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
+import uvicorn
 from environment import environment
+from fastapi import FastAPI
 from safetensors.numpy import save
 
+from server.api import artifact_files, artifacts
+from server.api.leases import Leases
+from server.settings import Settings
+from server.version import code_version
 from steering_store import Store
 
 WIDTH, FEATURES = 2048, 1 << 17
 """Of the SAE: encoder and decoder have 1 GiB each."""
 ROWS = 256
+RANGE = 64 << 20
 ARTIFACTS, LOOKUPS = 10_000, 20_000
 CHUNK = 1 << 12
 RESULTS = Path(__file__).parent / "results" / "store.json"
@@ -104,22 +115,77 @@ def measured(step: str, root: Path, path: Path, content: dict[str, Any]) -> Numb
     }
 
 
-def _reset_peak() -> int:
+def _reset_peak(process: str | int = "self") -> int:
     """Forget the peak so far, and return the resident set in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+    return _status("VmRSS", process)
 
 
-def _status(field: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+def _status(field: str, process: str | int = "self") -> int:
+    text = Path(f"/proc/{process}/status").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
 
-def large(folder: Path) -> Numbers:
-    path, content = sae(folder)
+def large(folder: Path, path: Path, content: dict[str, Any]) -> Numbers:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         steps = {step: pool.apply(measured, (step, folder / "large", path, content)) for step in STEPS}
     return {"file_mib": round(path.stat().st_size / 2**20, 1), "rows": ROWS * len(ROLES), "steps": steps}
+
+
+def http(folder: Path, path: Path, content: dict[str, Any]) -> Numbers:
+    """Publish the large file over HTTP, and read it back in ranges: what the server's process takes in memory for it,
+    and its temporary folder on the disk. The routes are the server's own, without the engine's beside them.
+    """
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder / "http", temporary, port))
+    server.start()
+    assert server.pid is not None
+    steps = {}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1/artifacts/sae/versions", timeout=600) as client:
+        _until_up(client)
+        for step in ("publish", "ranges"):
+            before = _reset_peak(server.pid)
+            start = time.perf_counter()
+            if step == "publish":
+                with path.open("rb") as file:
+                    answer = client.post("", data={"manifest": json.dumps(content)}, files={"f": (path.name, file)})
+                assert answer.status_code == 201, answer.text
+            else:
+                for begin in range(0, path.stat().st_size, RANGE):
+                    wanted = {"Range": f"bytes={begin}-{begin + RANGE - 1}"}
+                    answer = client.get(f"/1/files/{path.name}", headers=wanted)
+                    assert answer.status_code == 206, answer.text
+            seconds = time.perf_counter() - start
+            extra = (_status("VmHWM", server.pid) - before) / 2**20
+            steps[step] = {"seconds": round(seconds, 2), "extra_mib": round(extra, 1)}
+    server.terminate()
+    server.join()
+    left = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+    return {"steps": steps, "range_mib": RANGE / 2**20, "left_in_temporary_folder": left}
+
+
+def serve(root: Path, temporary: Path, port: int) -> None:
+    tempfile.tempdir = str(temporary)
+    store = Store(root, max_bytes=4 << 30)
+    app = FastAPI()
+    app.state.polyhelm = SimpleNamespace(store=store, settings=Settings(), leases=Leases(store))
+    for module in (artifact_files, artifacts):
+        app.include_router(module.router)
+    uvicorn.run(app, port=port, log_level="warning")
+
+
+def _until_up(client: httpx.Client) -> None:
+    for _ in range(600):
+        try:
+            client.get("/latest")
+            return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise SystemExit("the server didn't start")
 
 
 def many(folder: Path) -> Numbers:
@@ -197,10 +263,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
+        file = sae(folder)
         results = {
             "environment": environment() | {"sqlite": sqlite3.sqlite_version},
+            "code_version": code_version(),
             "resolve": many(folder),
-            "large": large(folder),
+            "large": large(folder, *file),
+            "http": http(folder, *file),
         }
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))

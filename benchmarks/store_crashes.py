@@ -60,7 +60,7 @@ def main() -> None:
         operations[operation] += count
         points[point] += count
     found = {"deaths_by_operation": dict(operations.most_common()), "deaths_by_point": dict(points.most_common())}
-    results = {"environment": environment(), "code_version": code_version(), **told, **found, "violations": 0}
+    results = {"environment": environment(), "code_version": code_version(), **told, **found}
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 

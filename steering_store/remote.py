@@ -161,6 +161,10 @@ class RemoteStore:
                 raise corrupt(entry, f"is missing in {self.url}") from None
             yield cast(BinaryIO, VerifiedReader(stream, entry))
 
+    def sweep(self, older_than: float, *, dry_run: bool) -> list[tuple[str, int]]:
+        """Remove the unfinished files of dead writers, where the store is on a disk; returns them and their sizes."""
+        return list(self._objects.sweep(older_than, dry_run=dry_run))
+
     def _has(self, entry: FileEntry) -> bool:
         try:
             with self.open_file(entry) as stream:

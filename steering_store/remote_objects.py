@@ -8,7 +8,9 @@ same moment can both believe to be first, so let one of them write at a time.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from steering_store.errors import RemoteUnavailable, StoreError, TooLarge
 BLOCK_BYTES = 4 << 20
 PARALLEL = 16
 LOCAL = ("file", "local")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}")
 
 
 class Objects:
@@ -57,9 +60,9 @@ class Objects:
         """Write a file's bytes, in pieces; whatever was there is replaced."""
         with self._reached(path):
             if self._is_local:
-                with _beside(self._on_disk(path)) as temporary:
-                    _copy(source, temporary)
-                    os.replace(temporary, self._on_disk(path))
+                with _beside(self._on_disk(path)) as stream:
+                    _copy(source, stream)
+                    os.replace(stream.name, self._on_disk(path))
                     fsync(self._on_disk(path).parent)
             else:
                 self._fs.put_file(str(source), self._full(path))
@@ -93,6 +96,27 @@ class Objects:
         paths = sorted(str(each).lstrip("/").removeprefix(root) for each in found)
         return [path for path in paths if not path.rpartition("/")[2].startswith(".")]
 
+    def sweep(self, older_than: float, *, dry_run: bool) -> Sequence[tuple[str, int]]:
+        """Remove what writers that died left on a disk, last written before `older_than` (seconds since the epoch).
+
+        Returns the paths and their sizes in bytes. In a bucket nothing is left: what isn't whole isn't there.
+        """
+        swept: list[tuple[str, int]] = []
+        if not self._is_local:
+            return swept
+        with self._reached(""):
+            for path in sorted(Path(self._root).rglob(".*")):
+                if not _TEMPORARY.fullmatch(path.name):
+                    continue
+                with contextlib.suppress(OSError), path.open("rb") as stream:
+                    found = os.fstat(stream.fileno())
+                    if found.st_mtime <= older_than:
+                        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        if not dry_run:
+                            path.unlink()
+                        swept.append((str(path.relative_to(self._root)), found.st_size))
+        return swept
+
     @property
     def _is_local(self) -> bool:
         return self.url.partition("://")[0] in LOCAL
@@ -105,14 +129,13 @@ class Objects:
 
     def _create_on_disk(self, path: str, data: bytes) -> bool:
         target = self._on_disk(path)
-        with _beside(target) as temporary:
-            with temporary.open("xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+        with _beside(target) as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
             try:
                 # Unlike a rename, a link fails where the target exists; unlike mode "x", it shows the object whole.
-                os.link(temporary, target)
+                os.link(stream.name, target)
             except FileExistsError:
                 return False
             fsync(target.parent)
@@ -144,19 +167,23 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A new path in the target's folder, hidden from lists and gone at the end."""
+def _beside(target: Path) -> Iterator[BinaryIO]:
+    """A new file in the target's folder, hidden from lists, gone at the end, and locked until then."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{uuid.uuid4().hex}"
     try:
-        yield temporary
+        with temporary.open("x+b") as stream:
+            # Where a disk knows no locks, `sweep` finds none either, and leaves all as it is.
+            with contextlib.suppress(OSError):
+                fcntl.flock(stream, fcntl.LOCK_SH)
+            yield stream
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("xb") as writer:
+def _copy(source: Path, writer: BinaryIO) -> None:
+    with source.open("rb") as reader:
         while chunk := reader.read(BLOCK_BYTES):
             writer.write(chunk)
-        writer.flush()
-        os.fsync(writer.fileno())
+    writer.flush()
+    os.fsync(writer.fileno())

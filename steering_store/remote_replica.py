@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -27,6 +28,7 @@ from steering_store.audit import Stated
 from steering_store.blobs import StagedFile, fsync
 from steering_store.db import connect, transaction
 from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, StoreError
+from steering_store.garbage import GRACE_SECONDS, Garbage
 from steering_store.holders import holders
 from steering_store.manifest import Manifest, digest_of, read_manifest
 from steering_store.presets import references
@@ -144,6 +146,13 @@ class RemoteBackedStore(Store):
             return new_event("delete", name, version=version, **stated)
 
         self._change(attempt)
+
+    def collect_garbage(self, *, grace_seconds: float = GRACE_SECONDS, dry_run: bool = True) -> Garbage:
+        """As in a local store, of the copy; and of the remote store what writers that died left unfinished there."""
+        local = super().collect_garbage(grace_seconds=grace_seconds, dry_run=dry_run)
+        swept = self._remote.sweep(time.time() - grace_seconds, dry_run=dry_run)
+        tmp = local.tmp + [path for path, _ in swept]
+        return replace(local, tmp=tmp, size=local.size + sum(size for _, size in swept))
 
     def _set_yanked(
         self, name: str, version: int, action: str, at: str | None, **stated: Unpack[Stated]

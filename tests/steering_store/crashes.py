@@ -1,6 +1,6 @@
 """Kills processes in the store, again and again, and compares what is left with a model of it. A program:
 
-python -m tests.steering_store.crashes FOLDER MANIFEST SEED DEATHS
+python -m tests.steering_store.crashes FOLDER MANIFEST SEED DEATHS [local | remote]
 
 Children are forked from a warm process. Each performs a few random operations and is killed (-9) at a random point:
 before an fsync, rename, unlink, a piece of a file, or an SQL statement that writes, or before it says that it is done.
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from steering_store import Store, blobs
+from steering_store.remote import RemoteStore
+from steering_store.remote_replica import RemoteBackedStore
 from tests.steering_store.store_model import Model, Operation, contents, observed, perform
 
 NAMES = ("a", "b")
@@ -33,6 +35,7 @@ ALIASES = ("production", "canary")
 FILLS = tuple(float(fill) for fill in range(1, 11))
 ACTIONS = {"publish": 6, "publish_pair": 4, "publish_preset": 2, "set_alias": 5, "delete_alias": 2, "yank": 3,
            "unyank": 1, "delete_version": 6, "collect": 4}  # fmt: skip
+REMOTE = sys.argv[5:] == ["remote"]
 OPERATIONS = 5
 MOST_POINTS = 70
 
@@ -46,6 +49,13 @@ class Death(NamedTuple):
     killed: bool
 
 
+def opened(root: Path) -> Store:
+    """The store; where it is one of several machines, its copy and what they share are below the folder."""
+    if not REMOTE:
+        return Store(root)
+    return RemoteBackedStore(root / "copy", RemoteStore(f"file://{root}/shared"))
+
+
 def main(root: Path, manifest: dict[str, Any], seed: int, deaths: int) -> None:
     chance = random.Random(seed)
     model = Model()
@@ -53,7 +63,7 @@ def main(root: Path, manifest: dict[str, Any], seed: int, deaths: int) -> None:
     children = 0
     while sum(where.values()) < deaths:
         operations = drawn(chance, model)
-        death = run_and_die(root, manifest, operations, chance.randint(1, MOST_POINTS))
+        death = run_and_die(root, manifest, operations, chance.randint(1, MOST_POINTS * (3 if REMOTE else 1)))
         model = after(root, model, death, collect=chance.random() < 0.4)
         children += 1
         if death.killed:
@@ -90,14 +100,16 @@ def after(root: Path, model: Model, death: Death, *, collect: bool) -> Model:
     further = copy.deepcopy(model)
     if death.pending is not None:
         further.apply(death.pending)
-    store = Store(root)
+    store = opened(root)
     seen = observed(store, (*NAMES, PRESET))
     found = next((state for state in (model, further) if state.visible() == seen.visible()), None)
     assert found is not None, (death, seen, model, further)
     if collect:
         store.collect_garbage(grace_seconds=0, dry_run=False)
-        assert list((root / "tmp").iterdir()) == [], death
-        left = {path.name for path in (root / "blobs").rglob("*") if path.is_file()}
+        folder = root / "copy" if REMOTE else root
+        assert list((folder / "tmp").iterdir()) == [], death
+        assert [path for path in (root / "shared").rglob(".*") if path.is_file()] == [], death
+        left = {path.name for path in (folder / "blobs").rglob("*") if path.is_file()}
         files = [file for value in found.versions.values() for file in contents(value).values()]
         assert left == {hashlib.sha256(file).hexdigest() for file in files}, death
         assert store.verify() == []
@@ -134,7 +146,7 @@ def _child(root: Path, manifest: dict[str, Any], operations: list[Operation], di
 
     try:
         point = _count_points(die_at, die)
-        store = Store(root)
+        store = opened(root)
         point("opening")
         for operation in operations:
             tell(begun=operation)
@@ -166,9 +178,12 @@ def _count_points(die_at: int, die: Callable[[str], None]) -> Callable[[str], No
 
         return wrapped
 
-    for name in ("fsync", "replace", "unlink", "utime", "mkdir"):
+    for name in ("fsync", "replace", "link", "unlink", "utime", "mkdir"):
         setattr(os, name, before(name))
-    blobs._reader = lambda source: _InPieces(source, point)  # type: ignore[assignment]
+    reader = blobs._reader
+    blobs._reader = lambda source: (  # type: ignore[assignment]
+        _InPieces(source, point) if isinstance(source, bytes) else reader(source)
+    )
     connect = sqlite3.connect
 
     def traced(*args: Any, **kwargs: Any) -> sqlite3.Connection:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from steering_store.errors import ArtifactNotFound, CorruptArtifact, RemoteUnava
 from steering_store.manifest import FileEntry, canonical_json, digest_of, parse_manifest
 from steering_store.reference import Reference, parse_reference
 from steering_store.remote import RemoteStore, new_event
-from steering_store.remote_objects import Objects
+from steering_store.remote_objects import Objects, _beside
 
 
 def texts(manifest: dict[str, Any], count: int) -> list[bytes]:
@@ -40,6 +41,23 @@ def test_object_that_is_missing_or_too_large_is_refused(url: str) -> None:
         objects.read("b", 10)
     with pytest.raises(TooLarge):
         objects.read("a", 2)
+
+
+def test_files_of_dead_writers_are_swept_and_those_of_live_ones_left(tmp_path: Path) -> None:
+    objects = Objects(f"file://{tmp_path}/remote")
+    objects.create("events/1.json", b"1")
+    folder = tmp_path / "remote" / "events"
+    dead, young, other = folder / f".{'a' * 32}", folder / f".{'b' * 32}", folder / ".nfs01"
+    for path in (dead, young, other):
+        path.write_bytes(b"123")
+    os.utime(dead, (1, 1))
+    os.utime(other, (1, 1))
+    assert objects.sweep(1000, dry_run=True) == [(f"events/{dead.name}", 3)]
+    with _beside(folder / "2.json") as stream:
+        os.utime(stream.name, (1, 1))
+        assert objects.sweep(1000, dry_run=False) == [(f"events/{dead.name}", 3)]
+        assert Path(stream.name).exists()
+    assert sorted(folder.iterdir()) == sorted([folder / "1.json", young, other])
 
 
 def test_of_many_creators_one_wins(tmp_path: Path, s3: str) -> None:
