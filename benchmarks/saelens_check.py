@@ -4,11 +4,12 @@
     python -m benchmarks.saelens_check
 
 `sae-lens` brings transformer-lens, datasets and a good deal more, so it is no dependency of the tests; those use the
-formulas that its documentation gives. Prints the largest differences, and fails where one is above 1e-4.
+formulas that its documentation gives. Writes down the largest differences, and fails where one is above 1e-4.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from importlib.metadata import version
@@ -19,6 +20,8 @@ import numpy as np
 import sae_lens
 import torch
 
+from benchmarks.environment import environment
+from server.version import code_version
 from steering_store.formats import ImportOptions, export_saelens, import_artifact
 from steering_store.formats.reconstruction import features
 from steering_store.formats.sae import Sae
@@ -28,6 +31,7 @@ WIDTH, FEATURES, TOKENS, TOLERANCE = 64, 512, 1000, 1e-4
 HEADS = 4
 MODEL = ModelSpec(architecture="LlamaForCausalLM", hidden_size=WIDTH, num_layers=12, widths={"head_out": WIDTH})
 OPTIONS = ImportOptions(model=MODEL)
+RESULTS = Path(__file__).parent / "results" / "saelens.json"
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "standard": {},
     "jumprelu": {},
@@ -81,6 +85,9 @@ def differences(theirs: sae_lens.SAE[Any], ours: Sae) -> dict[str, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     results: dict[str, dict[str, dict[str, float]]] = {"read by polyhelm": {}, "written by polyhelm": {}}
     with tempfile.TemporaryDirectory() as temporary:
@@ -94,8 +101,13 @@ def main() -> None:
                 export_saelens(parse_manifest(draft.manifest), draft.tensors, folder / "exported")
                 loaded = sae_lens.SAE.load_from_disk(folder / "exported")
                 results["written by polyhelm"][name] = differences(loaded, draft.sae)
-    print(json.dumps({"sae-lens": version("sae-lens"), **results}, indent=2))
     worst = max(value for group in results.values() for each in group.values() for value in each.values())
+    block = environment()
+    block["versions"] |= {"sae-lens": version("sae-lens")}
+    sizes = {"width": WIDTH, "features": FEATURES, "tokens": TOKENS, "worst": worst, "tolerance": TOLERANCE}
+    text = json.dumps({"environment": block, "code_version": code_version(), **sizes, **results}, indent=2)
+    arguments.output.write_text(text + "\n")
+    print(text)
     if not worst < TOLERANCE:
         raise SystemExit(f"the largest difference is {worst}")
 

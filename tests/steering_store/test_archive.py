@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from steering_store import Store
 from steering_store.archive import InvalidArchive, export_archive, import_archive
 from steering_store.errors import CorruptArtifact, StoreError, TooLarge
+from tests.steering_store.mutations import mutations
 
 
 @pytest.fixture
@@ -75,6 +78,29 @@ def test_a_changed_byte_anywhere_is_refused_or_makes_another_digest(
         assert imported.digest != original.digest
         assert imported.manifest.files == original.manifest.files
     assert accepted < len(whole) // 17 // 4
+
+
+def test_changed_bytes_give_clear_errors_only(archive: Path, tmp_path: Path) -> None:
+    whole, other = archive.read_bytes(), Store(tmp_path / "other")
+    outcomes = {"read": 0, "refused": 0}
+
+    @settings(max_examples=200, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(changes=st.lists(mutations(), min_size=1, max_size=3))
+    def fuzz(changes: list[Callable[[bytes], bytes]]) -> None:
+        raw = whole
+        for change in changes:
+            raw = change(raw)
+        archive.write_bytes(raw)
+        try:
+            import_archive(other, "mood", archive)
+            outcomes["read"] += 1
+        except StoreError as exc:
+            assert len(exc.message) < 1000
+            outcomes["refused"] += 1
+
+    fuzz()
+    assert outcomes["refused"] > 100, outcomes
+    assert other.verify() == []
 
 
 def test_every_truncation_and_any_tail_is_refused(archive: Path, tmp_path: Path) -> None:
