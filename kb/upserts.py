@@ -84,8 +84,8 @@ class Planner:
         )
 
     def writes(self) -> Writes:
-        vectors = {id: vector for id, vector in self._new_vectors.items() if not self._changed[id].deleted}
-        return Writes(list(self._changed.values()), vectors, self._revisions)
+        # Those of facts that were changed and superseded in one batch as well: a vector must be that of its text.
+        return Writes(list(self._changed.values()), self._new_vectors, self._revisions)
 
     def _write(self, fact: Fact, previous: Fact | None) -> Fact:
         self._seq += 1

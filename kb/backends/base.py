@@ -94,7 +94,7 @@ class FactStore(Protocol):
         ...
 
     def vectors_by_key(self, hashes: Some[bytes]) -> dict[bytes, np.ndarray]:
-        """float32 [dimension] of facts that aren't deleted, by `key_hash` of their keys."""
+        """float32 [dimension] by `key_hash` of the facts' keys; of deleted facts only where no other has the key."""
         ...
 
     def history(self, id: str) -> list[Fact]:

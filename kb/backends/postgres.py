@@ -40,7 +40,8 @@ CREATE TABLE IF NOT EXISTS kb_facts (
     key_hash bytea NOT NULL, embedding vector, UNIQUE (collection, id)
 );
 CREATE INDEX IF NOT EXISTS kb_facts_content ON kb_facts (collection, content_hash) WHERE NOT deleted;
-CREATE INDEX IF NOT EXISTS kb_facts_key ON kb_facts (collection, key_hash) WHERE NOT deleted;
+CREATE INDEX IF NOT EXISTS kb_facts_any_key ON kb_facts (collection, key_hash);
+DROP INDEX IF EXISTS kb_facts_key;
 CREATE INDEX IF NOT EXISTS kb_facts_subject ON kb_facts (collection, md5(subject)) WHERE NOT deleted;
 CREATE INDEX IF NOT EXISTS kb_facts_language ON kb_facts (collection, language) WHERE NOT deleted;
 CREATE TABLE IF NOT EXISTS kb_revisions (
@@ -53,8 +54,8 @@ _PUT = (
     f"VALUES (%(collection)s, {', '.join(f'%({name})s' for name in FIELDS)}, %(key_hash)s, %(embedding)s::vector) "
     "ON CONFLICT (collection, id) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in (*FIELDS, "key_hash"))
-    # No new vector: the old one stays, unless the fact is deleted.
-    + ", embedding = CASE WHEN excluded.deleted THEN NULL ELSE coalesce(excluded.embedding, kb_facts.embedding) END"
+    # No new vector: the old one stays. That of a deleted fact is for the same text when it comes again.
+    + ", embedding = coalesce(excluded.embedding, kb_facts.embedding)"
 )
 
 
@@ -143,7 +144,7 @@ class PostgresFacts:
     def vectors_by_key(self, hashes: Some[bytes]) -> dict[bytes, np.ndarray]:
         sql = (
             "SELECT key_hash, embedding::real[] AS vector FROM kb_facts "
-            "WHERE collection = %s AND NOT deleted AND key_hash = ANY (%s)"
+            "WHERE collection = %s AND embedding IS NOT NULL AND key_hash = ANY (%s) ORDER BY deleted DESC"
         )
         with self._pool.connection() as db:
             rows = db.execute(sql, (self._number, list(hashes))).fetchall()

@@ -66,6 +66,7 @@ class QdrantCatalog:
             if not self.local:
                 for field in ("id", "content_hash", "key_hash", "subject", "language"):
                     self.client.create_payload_index(_of(info), field, models.PayloadSchemaType.KEYWORD, wait=True)
+                self.client.create_payload_index(_past(info), "key_hash", models.PayloadSchemaType.KEYWORD, wait=True)
             payload = {**info._asdict(), "encoder": list(encoder), "created_at": info.created_at.isoformat()}
             entry = models.PointStruct(id=point_id(name), vector={}, payload=payload)
             self.client.upsert(REGISTRY, [entry], wait=True)
@@ -140,13 +141,20 @@ class QdrantFacts:
     def put(self, writes: Writes) -> None:
         # In this order, so that a process that dies in between never loses a version or leaves a fact without one.
         past = [point(f"{fact.id}@{fact.version}", fact, {}, passed=True) for fact in writes.revisions]
-        past += [point(fact.id, fact, {}) for fact in writes.facts if fact.deleted]
+        # With its vector, for the same text when it comes again.
+        gone = [fact for fact in writes.facts if fact.deleted]
+        known = self.vectors({fact.id for fact in gone}) | writes.vectors
+        for fact in gone:
+            tombstone = point(fact.id, fact, {})
+            if fact.id in known:
+                tombstone.payload = (tombstone.payload or {}) | {"vector": known[fact.id].tolist()}
+            past.append(tombstone)
         self._upsert(self._past, past)
         alive = [fact for fact in writes.facts if not fact.deleted]
         vectors = self.vectors({fact.id for fact in alive} - writes.vectors.keys()) | writes.vectors
         self._upsert(self._here, [point(fact.id, fact, vectors[fact.id].tolist()) for fact in alive])
-        for collection, gone in ((self._here, [f for f in writes.facts if f.deleted]), (self._past, alive)):
-            for some in _batches([point_id(fact.id) for fact in gone]):
+        for collection, left in ((self._here, gone), (self._past, alive)):
+            for some in _batches([point_id(fact.id) for fact in left]):
                 self._client.delete(collection, models.PointIdsList(points=some), wait=True)
         self.last_seq = max(self.last_seq, *(fact.seq for fact in writes.facts))
         # Beside the collection's settings, for whoever opens it next.
@@ -172,6 +180,11 @@ class QdrantFacts:
         with _errors_named():
             for some in _batches([hashed.hex() for hashed in hashes]):
                 condition = models.Filter(must=[any_of("key_hash", some)])
+                deleted = models.Filter(must=[any_of("key_hash", some), any_of("passed", [False])])
+                for record in _scroll(self._client, self._past, deleted):
+                    payload = record.payload or {}
+                    if "vector" in payload:
+                        found[bytes.fromhex(payload["key_hash"])] = np.array(payload["vector"], np.float32)
                 for record in _scroll(self._client, self._here, condition, vectors=True):
                     found[bytes.fromhex((record.payload or {})["key_hash"])] = np.array(record.vector, np.float32)
         return found

@@ -188,6 +188,34 @@ def test_deleted_facts_are_never_found(collection: Collection, encoder: Ngrams) 
     assert found(collection, encoder, "capital of spain") == ["spain"]
 
 
+def test_the_text_of_a_deleted_fact_is_not_encoded_again(place: Callable[[], KnowledgeBase], encoder: Ngrams) -> None:
+    collection = place().create("facts", encoder.identity)[0]
+    write(collection, encoder)
+    collection.delete(["peru", "kenya"])
+    assert {fact.id for fact, _ in collection.each()} == CITIES.keys() - {"peru", "kenya"}
+    collection = place().collection("facts")
+    encoded = encoder.encoded
+    (outcome, _) = write(collection, encoder, draft("peru"), draft("kenya", id="again"))
+    assert encoder.encoded == encoded
+    assert (outcome.status, outcome.version) == ("created", 3)
+    assert found(collection, encoder, "What is the capital of kenya?") == ["again"]
+    assert found(collection, encoder, "What is the capital of peru?") == ["peru"]
+
+
+def test_the_vector_of_a_fact_that_was_changed_and_superseded_at_once_is_that_of_its_text(
+    collection: Collection, encoder: Ngrams
+) -> None:
+    write(collection, encoder, draft("peru"))
+    question = "Where does the government of Peru sit?"
+    _, newest = write(
+        collection, encoder, draft("peru", question=question), draft("peru", id="new", question="The capital?")
+    )
+    assert newest.supersedes == ("peru",)
+    write(collection, encoder, draft("peru", subject="government", question=question))
+    (hits,) = collection.search(encoder.encode_queries([question]), 1)
+    assert (hits[0].fact.id, hits[0].score) == ("peru", pytest.approx(1, abs=1e-5))
+
+
 def test_an_empty_filter_deletes_nothing(collection: Collection, encoder: Ngrams) -> None:
     write(collection, encoder)
     for arguments in ({"where": Filter()}, {}, {"ids": ["peru"], "where": Filter(ids=["peru"])}):

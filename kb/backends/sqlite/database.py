@@ -105,8 +105,14 @@ def m002_facts_by_language(db: sqlite3.Connection) -> None:
     db.execute("CREATE INDEX facts_by_language ON facts (collection, language, deleted, valid_from, valid_to)")
 
 
+def m003_vectors_of_deleted_facts(db: sqlite3.Connection) -> None:
+    # They stay, so that a text that comes again needn't be encoded again.
+    db.execute("DROP INDEX facts_by_key")
+    db.execute("CREATE INDEX facts_by_key ON facts (collection, key_hash)")
+
+
 Migrations = tuple[Callable[[sqlite3.Connection], None], ...]
-MIGRATIONS: Migrations = (m001_collections_and_facts, m002_facts_by_language)
+MIGRATIONS: Migrations = (m001_collections_and_facts, m002_facts_by_language, m003_vectors_of_deleted_facts)
 
 
 class Database:

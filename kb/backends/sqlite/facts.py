@@ -72,7 +72,7 @@ class SqliteFacts:
             for some in in_batches(hashes):
                 sql = (
                     "SELECT key_hash, vector FROM facts JOIN vectors USING (key) "
-                    f"WHERE collection = ? AND NOT deleted AND key_hash IN ({marks(some)})"
+                    f"WHERE collection = ? AND key_hash IN ({marks(some)}) ORDER BY deleted DESC"
                 )
                 for hashed, vector in db.execute(sql, (self._collection, *some)):
                     found[hashed] = np.frombuffer(vector, "<f4")
@@ -97,7 +97,10 @@ class SqliteFacts:
 
     def each(self) -> Iterator[tuple[Fact, np.ndarray]]:
         span = (self._collection << NUMBER_BITS, (self._collection + 1) << NUMBER_BITS)
-        sql = f"SELECT {SELECTED}, vector FROM vectors JOIN facts USING (key) WHERE key >= ? AND key < ? ORDER BY key"
+        sql = (
+            f"SELECT {SELECTED}, vector FROM vectors JOIN facts USING (key) "
+            "WHERE key >= ? AND key < ? AND NOT deleted ORDER BY key"
+        )
         with self._db.connection() as db, one_moment(db):
             for row in db.execute(sql, span):
                 yield fact_of(row), np.frombuffer(row["vector"], "<f4")

@@ -148,10 +148,14 @@ class LiveIndex:
     def _build(self, db: sqlite3.Connection, last: int) -> VectorIndex:
         start = time.perf_counter()
         span = (self._collection << NUMBER_BITS, (self._collection + 1) << NUMBER_BITS)
-        count = db.execute("SELECT count(*) FROM vectors WHERE key >= ? AND key < ?", span).fetchone()[0]
+        sql = "SELECT count(*) FROM facts WHERE collection = ? AND NOT deleted"
+        count = db.execute(sql, (self._collection,)).fetchone()[0]
         numbers, seqs = np.empty(count, np.int64), np.empty(count, np.int64)
         vectors = np.empty((count, self._info.encoder.dimension), np.float32)
-        sql = "SELECT key, seq, vector FROM vectors JOIN facts USING (key) WHERE key >= ? AND key < ? ORDER BY key"
+        sql = (
+            "SELECT key, seq, vector FROM vectors JOIN facts USING (key) "
+            "WHERE key >= ? AND key < ? AND NOT deleted ORDER BY key"
+        )
         for position, (key, seq, vector) in enumerate(db.execute(sql, span)):
             numbers[position], seqs[position] = key & _MASK, seq
             vectors[position] = np.frombuffer(vector, "<f4")
@@ -165,7 +169,7 @@ class LiveIndex:
         if index.last_seq == last:
             return
         sql = (
-            "SELECT facts.key, seq, vector FROM facts LEFT JOIN vectors USING (key) "
+            "SELECT facts.key, seq, vector FROM facts LEFT JOIN vectors ON vectors.key = facts.key AND NOT deleted "
             "WHERE collection = ? AND seq > ? ORDER BY seq"
         )
         changes = db.execute(sql, (self._collection, index.last_seq))

@@ -83,9 +83,6 @@ class SqliteWriter:
             "INSERT INTO vectors VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET vector = excluded.vector",
             [(keys[id], np.ascontiguousarray(vector, "<f4").tobytes()) for id, vector in writes.vectors.items()],
         )
-        self._db.executemany(
-            "DELETE FROM vectors WHERE key = ?", [(keys[fact.id],) for fact in writes.facts if fact.deleted]
-        )
         self.last_seq = max(self.last_seq, *(fact.seq for fact in writes.facts))
         self._db.execute("INSERT INTO writes VALUES (?, ?, ?)", (self._collection, self.last_seq, secrets.token_hex(8)))
         self._db.execute(
