@@ -26,9 +26,9 @@ target's on the same texts, with ridge, in place of f; its vectors have f(nu)'s 
 differs), and `self_expert` (the target as its own expert, where widths agree).
 
 Not stated by the paper, and chosen here: tokens, kernel, bandwidth and sign (methods/rfm.py), the auto-encoder's
-training (AdamW, learning rate 1e-3, batches of 256, at most 1600 steps, stopped when a held-out tenth gets no better;
-A and B orthogonal at first, so that it begins as a projection), the bias of f (`affine`: f(nu) = A nu + a as printed;
-otherwise A nu, which is what a difference of states becomes). It is trained on states minus their mean m, over their
+training (AdamW, learning rate 1e-3, batches of 256, at most 1600 steps, stopped when a held-out tenth gets no better
+or loses 1%; A and B orthogonal at first, so that it begins as a projection), the bias of f (`affine`: f(nu) = A nu + a
+as printed; otherwise A nu, which is what a difference of states becomes). It is trained on states minus their mean m, over their
 scale s: a few directions that all states share would otherwise be most of the loss. g's bias takes both back: with
 z = A (h - m) / s + a, s z and f(h) = A h + a differ by a constant, which B z + b can hold. So nu, of length 1, keeps
 about its length.
@@ -55,8 +55,8 @@ Progress = Callable[[int, int], None]
 
 STEPS, LEAST, PATIENCE, CHECK_EVERY, BATCH, LEARNING_RATE = 1600, 200, 100, 10, 256, 1e-3
 """Of the auto-encoder's training: at most and at least so many steps; ended once none of PATIENCE was better."""
-EXACT = 1e-6
-"""A share of the variance below which there is nothing to train."""
+ENOUGH = 0.01
+"""A share of the variance that may be lost: there is no use in training further."""
 EULER = 0.5772156649015329
 
 
@@ -262,7 +262,7 @@ def _train(encoder: torch.nn.Linear, decoder: torch.nn.Linear, train: torch.Tens
     best, found_at, step = lost(), 0, 0
     state = {name: value.clone() for name, value in modules.state_dict().items()}
     batches: Iterator[torch.Tensor] = iter(())
-    while step < STEPS and best > EXACT and (step < LEAST or step - found_at < PATIENCE):
+    while step < STEPS and best > ENOUGH and (step < LEAST or step - found_at < PATIENCE):
         batch = next(batches, None)
         if batch is None:
             batches = iter(torch.split(train[torch.randperm(len(train))], BATCH))

@@ -21,9 +21,10 @@ error of the map fitted to all, divided by 1 minus the sentence's leverage. Infi
 are among the choices, so that by this error no layer is worse than the mean or doing nothing.
 
 A state can be several times as long as the others: in Gemma-3-270M, after the embeddings, that of a last token such as
-a closing bracket behind a Latin word, or `,`. A single such pair decides what the map does to all of their kind. So
-ridge leaves out pairs of which either state is more than OUTLIER times as long as the median one, as long as they are
-few; the paper's solver has all.
+a closing bracket behind a Latin word, or `,`. A single such target is most of the squared error, and decides what the
+map does to all sources of its kind. So ridge leaves out pairs whose target is more than OUTLIER times as long as the median
+one, as long as they are few; the paper's solver has all. A long source with an ordinary target stays: only from such
+pairs can a linear map learn not to carry that length over.
 
 A map has rank min(N, d). `rank` stores the best map of a smaller one instead (reduced-rank ridge regression, Mukherjee
 and Zhu 2011, "Reduced rank ridge regression and its kernel extensions"): W projected on the leading right singular
@@ -74,7 +75,7 @@ RIDGES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 
 """Tried for each layer, in units of the mean squared length of a source state's deviation from their mean."""
 
 OUTLIER, MOST_OUTLIERS = 4.0, 0.1
-"""A state's length in units of the median one; if a larger share than this is beyond it, none is left out."""
+"""A target's length in units of the median one; if a larger share than this is beyond it, none is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def fit(source: Array, target: Array, config: Config) -> list[Map]:
 
 def fit_layer(source: Array, target: Array, config: Config) -> Map:
     """The map of one layer, from states [pairs, d]."""
-    kept = np.ones(len(source), np.bool_) if config.solver == "min_norm" else _ordinary(source, target)
+    kept = np.ones(len(source), np.bool_) if config.solver == "min_norm" else _ordinary(target)
     h, t = source[kept].astype(np.float64), target[kept].astype(np.float64)
     baseline = ((t - t.mean(0)) ** 2).sum() * (len(t) / (len(t) - 1)) ** 2
     if not h.any() or baseline == 0:
@@ -195,9 +196,9 @@ def fit_layer(source: Array, target: Array, config: Config) -> Map:
     )
 
 
-def _ordinary(source: Array, target: Array) -> npt.NDArray[np.bool_]:
+def _ordinary(target: Array) -> npt.NDArray[np.bool_]:
     """The pairs to fit on."""
-    kept = ordinary(source, OUTLIER) & ordinary(target, OUTLIER)
+    kept = ordinary(target, OUTLIER)
     few: bool = (~kept).mean() <= MOST_OUTLIERS
     return kept if few else np.ones_like(kept)
 

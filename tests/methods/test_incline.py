@@ -122,7 +122,7 @@ def test_no_map_is_worse_than_the_mean_or_than_doing_nothing(pairs: int) -> None
     np.testing.assert_array_equal(same.predict(source[:, 0]), source[:, 0])
 
 
-def test_a_pair_with_a_state_much_longer_than_the_others_is_left_out_unless_there_are_many() -> None:
+def test_a_pair_with_a_target_much_longer_than_the_others_is_left_out_unless_there_are_many() -> None:
     source, target, _ = translations(60, layers=1, noise=1.0)
     odd_source, odd_target = source.copy(), target.copy()
     odd_source[7] *= 30
@@ -135,9 +135,19 @@ def test_a_pair_with_a_state_much_longer_than_the_others_is_left_out_unless_ther
     (papers,) = incline.fit(odd_source, odd_target, config(solver="min_norm"))
     assert papers.outliers == 0
     np.testing.assert_allclose(papers.dense, released(odd_source[:, 0], odd_target[:, 0]), atol=1e-4)
-    odd_source[:10] *= 30
-    (many,) = incline.fit(odd_source, target, config())
+    odd_target[:10] *= 30
+    (many,) = incline.fit(source, odd_target, config())
     assert many.outliers == 0
+
+
+def test_a_long_source_with_an_ordinary_target_teaches_the_map_to_shorten_its_kind() -> None:
+    source, target, _ = translations(120, layers=1, noise=0.3)
+    long = np.random.default_rng(5).standard_normal(WIDTH).astype(np.float32) * 20
+    source[[3, 60, 90, 110], 0] = long + source[[3, 60, 90, 110], 0]
+    (fitted,) = incline.fit(source[:100], target[:100], config())
+    assert fitted.outliers == 0
+    predicted = fitted.predict(source[110])
+    assert np.linalg.norm(predicted) < 0.2 * np.linalg.norm(long)
 
 
 def test_a_constant_difference_is_found_by_the_bias() -> None:
