@@ -209,8 +209,8 @@ Of {len(everything)} maps {priors} have the identity as their prior, the others 
 beat is a prototype without a bias and with one λ for all; at layers {", ".join(map(str, PROTOTYPE_LAYERS))}:
 {compared}.
 
-From {sum(map(bool, without))} maps pairs were left out, at most {max(without)}, whose target is many times as long as the
-others. That rule was made after a look at these held-out errors, at layer 0 of Turkish and Chinese: without it two
+From {sum(map(bool, without))} maps pairs were left out, at most {max(without)}, whose target is many times as long as
+the others. That rule was made after a look at these held-out errors, at layer 0 of Turkish and Chinese: without it two
 sentences of Turkish that end in a comma, which one pair maps to itself, make that layer worse than the mean.
 
 By λ, in units of the mean squared deviation of a state, with N = 500 and the better prior, for the same layers:

@@ -26,12 +26,12 @@ target's on the same texts, with ridge, in place of f; its vectors have f(nu)'s 
 differs), and `self_expert` (the target as its own expert, where widths agree).
 
 Not stated by the paper, and chosen here: tokens, kernel, bandwidth and sign (methods/rfm.py), the auto-encoder's
-training (AdamW, learning rate 1e-3, batches of 256, at most 1600 steps, stopped when a held-out tenth gets no better
-or loses 1%; A and B orthogonal at first, so that it begins as a projection), the bias of f (`affine`: f(nu) = A nu + a
-as printed; otherwise A nu, which is what a difference of states becomes). It is trained on states minus their mean m, over their
-scale s: a few directions that all states share would otherwise be most of the loss. g's bias takes both back: with
-z = A (h - m) / s + a, s z and f(h) = A h + a differ by a constant, which B z + b can hold. So nu, of length 1, keeps
-about its length.
+training (AdamW, learning rate 1e-3, batches of 256, at most 1600 steps, stopped when a held-out tenth gets no better or
+loses 1%; A and B orthogonal at first, so that it begins as a projection), the bias of f (`affine`: f(nu) = A nu + a as
+printed; otherwise A nu, which is what a difference of states becomes). It is trained on states minus their mean m, over
+their scale s: a few directions that all states share would otherwise be most of the loss. g's bias takes both back:
+with z = A (h - m) / s + a, s z and f(h) = A h + a differ by a constant, which B z + b can hold. So nu, of length 1,
+keeps about its length.
 """
 
 from __future__ import annotations

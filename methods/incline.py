@@ -22,9 +22,9 @@ are among the choices, so that by this error no layer is worse than the mean or 
 
 A state can be several times as long as the others: in Gemma-3-270M, after the embeddings, that of a last token such as
 a closing bracket behind a Latin word, or `,`. A single such target is most of the squared error, and decides what the
-map does to all sources of its kind. So ridge leaves out pairs whose target is more than OUTLIER times as long as the median
-one, as long as they are few; the paper's solver has all. A long source with an ordinary target stays: only from such
-pairs can a linear map learn not to carry that length over.
+map does to all sources of its kind. So ridge leaves out pairs whose target is more than OUTLIER times as long as the
+median one, as long as they are few; the paper's solver has all. A long source with an ordinary target stays: only from
+such pairs can a linear map learn not to carry that length over.
 
 A map has rank min(N, d). `rank` stores the best map of a smaller one instead (reduced-rank ridge regression, Mukherjee
 and Zhu 2011, "Reduced rank ridge regression and its kernel extensions"): W projected on the leading right singular
