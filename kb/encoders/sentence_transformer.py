@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from kb.encoders.base import EncoderIdentity, UnknownEncoder, check_texts, digest_of, unit_rows
+from kb.locks import Turns
+
+BATCH: Final = 32
+"""Texts of one turn: a query waits for no more documents than these."""
 
 
 class SentenceTransformerEncoder:
@@ -27,7 +30,7 @@ class SentenceTransformerEncoder:
             raise UnknownEncoder(f"st:{model} can't be loaded: {error}") from error
         self._name = f"st:{model.rstrip('/').rpartition('/')[2]}"
         # transformers' fast tokenizers refuse to be used by two threads.
-        self._lock = threading.Lock()
+        self._turns = Turns()
 
     @cached_property
     def identity(self) -> EncoderIdentity:
@@ -37,17 +40,19 @@ class SentenceTransformerEncoder:
         return EncoderIdentity(self._name, dimension, digest_of(settings, _state_hash(model)))
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self._encode(self._model.encode_query, texts)
+        return self._encode(self._model.encode_query, texts, first=True)
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        return self._encode(self._model.encode_document, texts)
+        return self._encode(self._model.encode_document, texts, first=False)
 
-    def _encode(self, encode: Callable[..., np.ndarray], texts: Sequence[str]) -> np.ndarray:
+    def _encode(self, encode: Callable[..., np.ndarray], texts: Sequence[str], *, first: bool) -> np.ndarray:
         checked = check_texts(texts)
-        if not checked:
-            return np.empty((0, self.identity.dimension), np.float32)
-        with self._lock:
-            return unit_rows(encode(checked, convert_to_numpy=True, show_progress_bar=False))
+        rows = np.empty((len(checked), self.identity.dimension), np.float32)
+        for start in range(0, len(checked), BATCH):
+            part = checked[start : start + BATCH]
+            with self._turns.taken(first=first):
+                rows[start : start + len(part)] = encode(part, convert_to_numpy=True, show_progress_bar=False)
+        return unit_rows(rows)
 
 
 def _state_hash(model: Any) -> str:
