@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import socket
 import sqlite3
@@ -214,7 +215,8 @@ def many(folder: Path) -> Numbers:
         "one_name": latencies(fresh, ["artifact-7"] * LOOKUPS),
     }
     writer.start()
-    time.sleep(2)
+    while not any(version.name == "busy" for version in fresh.list_artifacts(after="artifact-~").items):
+        time.sleep(0.1)
     before = len(fresh.versions("busy"))
     numbers["while_another_process_publishes"] = latencies(fresh, random.Random(2).choices(refs, k=LOOKUPS))
     numbers["while_another_process_publishes"]["publications"] = len(fresh.versions("busy")) - before
@@ -267,9 +269,10 @@ def main() -> None:
         results = {
             "environment": environment() | {"sqlite": sqlite3.sqlite_version},
             "code_version": code_version(),
-            "resolve": many(folder),
+            "load_average": round(os.getloadavg()[0], 1),
             "large": large(folder, *file),
             "http": http(folder, *file),
+            "resolve": many(folder),
         }
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))

@@ -225,10 +225,10 @@ def test_a_job_that_is_publishing_can_no_longer_be_cancelled(tmp_path: Path) -> 
     publishing, go = threading.Event(), threading.Event()
 
     class SlowStore(Store):
-        def publish(self, *arguments: Any) -> Any:
+        def publish(self, *arguments: Any, **stated: Any) -> Any:
             publishing.set()
             assert go.wait(10)
-            return super().publish(*arguments)
+            return super().publish(*arguments, **stated)
 
     async def run() -> None:
         owner = jobs_of(tmp_path, FakeEngine(), store=SlowStore(tmp_path / "artifacts"))
