@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -186,6 +187,50 @@ def test_log_has_a_line_for_each_request_and_no_word_of_it(server: Server, make_
     assert (line["completion_tokens"], line["trace_id"]) == (3, "a1" * 16)
     assert line["steering_fingerprint"] == answer.json()["steering"]["fingerprint"]
     assert line["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+
+
+def test_log_has_no_word_of_facts_fits_or_captured_prompts(server: Server, make_key: MakeKey) -> None:
+    scopes = (f"--scope={scope}" for scope in ("generate", "read", "capture", "admin"))
+    client, canary = make_key("--tenant", "acme", *scopes), "vibraphone-canary"
+    collection = "/v1/kb/collections/acme--log"
+    fact = {"id": canary, "question": f"Who is {canary}?", "answer": canary, "metadata": {canary: canary}}
+    assert client.put(collection).status_code == 201
+    facts = f"{collection}/facts"
+    lines = {"content-type": "application/x-ndjson"}
+    pairs = [{"positive": f"{canary} {n}", "negative": f"not {canary} {n}"} for n in range(2)]
+    fit = {"method": "caa", "name": "acme--log", "pairs": pairs}
+    accepted = client.post("/v1/fits", json=fit)
+    knowledge = {"collection": "acme--log"}
+    captured = {"prompts": [canary], "sites": ["resid_post.3"]}
+    answers = {
+        "written": client.put(facts, json=[fact]),
+        "read": client.get(f"{facts}/{canary}?subject={canary}"),
+        "asked": client.post(f"{facts}/query", json={"query": canary, "filter": {"metadata": {canary: canary}}}),
+        "answered": complete(server, client, prompt=fact["question"], knowledge=knowledge),
+        "captured": client.post("/v1/activations", json=captured),
+    }
+    assert {name: answer.status_code for name, answer in answers.items()} == dict.fromkeys(answers, 200)
+    refused = [
+        client.put(facts, json=[fact | {"valid_from": canary}]),
+        client.put(facts, json=[fact | {canary: canary}]),
+        client.put(facts, json=[fact | {"embedding": [canary]}]),
+        client.put(facts, content=json.dumps(fact | {"language": canary}) + f'\n{{"{canary}', headers=lines),
+        client.post(f"{facts}/query", json={"query": canary, "at": canary}),
+        client.post(f"{facts}/query", json={"query": canary, "filter": {canary: canary}}),
+        client.post(f"{facts}/delete", json={"ids": [canary], canary: 1}),
+        complete(server, client, prompt=canary, knowledge=knowledge | {"edit_language": canary}),
+        complete(server, client, prompt=[canary, canary], knowledge=knowledge),
+        client.post("/v1/fits", json=fit | {"pairs": [{"positive": canary}]}),
+        client.post("/v1/fits", json=fit | {"method": canary}),
+        client.post("/v1/activations", json=captured | {"sites": [canary]}),
+        client.post("/v1/activations", json={"prompts": [canary * 4000], "sites": ["resid_post.3"]}),
+    ]
+    assert all(400 <= answer.status_code < 500 for answer in refused), refused
+    assert client.delete(f"{facts}/{canary}").status_code == 204
+    while client.get(accepted.headers["location"]).json()["status"] in ("queued", "running"):
+        time.sleep(0.1)
+    assert client.get(accepted.headers["location"]).json()["status"] == "succeeded"
+    assert canary not in server.log.read_text("utf-8", "replace")
 
 
 def test_metrics_tell_what_steering_did(server: Server, make_key: MakeKey) -> None:

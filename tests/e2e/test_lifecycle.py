@@ -144,6 +144,27 @@ def test_spans_lead_from_the_callers_trace_into_the_engine_and_hold_no_text(
     assert not [each for each in collector.bodies if CANARY.encode() in each or ADMIN.encode() in each]
 
 
+def test_spans_of_a_question_say_how_long_its_facts_took_and_hold_none(guarded: Server, collector: Collector) -> None:
+    trace, question = "e5" * 16, f"Who is {CANARY}?"
+    facts = [{"id": "it", "question": question, "answer": f"{CANARY} Zett", "language": "en"}]
+    headers = {"traceparent": f"00-{trace}-{'f6' * 8}-01"}
+    assert guarded.client.put("/v1/kb/collections/traced").status_code in (200, 201)
+    assert guarded.client.put("/v1/kb/collections/traced/facts", json=facts).status_code == 200
+    asked = body(guarded, prompt=question, knowledge={"collection": "traced"}, steering=ONE)
+    answer = guarded.client.post("/v1/completions", json=asked, headers=headers)
+    assert answer.json()["knowledge"]["facts"][0]["id"] == "it"
+    names = {"POST /v1/completions", "kb.encode", "kb.search", "steering.resolve", "engine.generate"}
+    deadline = time.monotonic() + 30
+    while not names <= collector.spans(trace).keys():
+        assert time.monotonic() < deadline, collector.spans(trace).keys()
+        time.sleep(0.1)
+    spans = collector.spans(trace)
+    top = spans["POST /v1/completions"]
+    assert {spans[name].parent_span_id for name in names - {top.name}} == {top.span_id}
+    assert spans["kb.encode"].end_time_unix_nano <= spans["kb.search"].start_time_unix_nano
+    assert not [each for each in collector.bodies if CANARY.encode() in each]
+
+
 def raw(server: Server, *parts: bytes, pause: float = 0.0) -> bytes:
     """Send bytes, and return what comes until the server closes the connection."""
     host, port = server.base_url.removeprefix("http://").split(":")

@@ -30,7 +30,13 @@ POSTS = (
     "/tokenize",
     "/invocations",
     "/v1/artifacts/one/versions/1/yank",
+    "/v1/kb/collections/attacked/facts/query",
+    "/v1/kb/collections/attacked/facts/delete",
 )
+PUTS = ("/v1/artifacts/one/aliases/a", "/v1/kb/collections/attacked", "/v1/kb/collections/attacked/facts")
+ROUTES = [*(("POST", path) for path in POSTS), *(("PUT", path) for path in PUTS)]
+DEEP = b'{"id": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
+UNREADABLE = (DEEP, b'{"a":' * 10_000 + b"1" + b"}" * 10_000, b'{"model": "\xff\xfe"}')
 MiB = 1 << 20
 
 
@@ -44,30 +50,55 @@ def raw(server: Server, sent: bytes) -> bytes:
         return answer
 
 
-@pytest.mark.parametrize("path", POSTS)
+@pytest.fixture(scope="module", autouse=True)
+def collection(server: Server) -> None:
+    assert server.client.put("/v1/kb/collections/attacked").status_code in (200, 201)
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
 @pytest.mark.parametrize(
-    ("content", "status"),
-    [
-        (b'{"model": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", 400),
-        (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, 400),
-        (b'{"model": "\xff\xfe"}', 400),
-        (json.dumps({"model": "smollm2", "steering": {"interventions": []}}).encode("utf-16"), 400),
-    ],
+    "content",
+    [*UNREADABLE, json.dumps({"model": "smollm2", "steering": {"interventions": []}}).encode("utf-16")],
     ids=["deep list", "deep object", "not UTF-8", "UTF-16"],
 )
-def test_body_that_would_break_a_parser_is_400(server: Server, path: str, content: bytes, status: int) -> None:
-    answer = server.client.post(path, content=content, headers=JSON)
-    assert (answer.status_code, answer.json().keys()) == (status, {"error"})
+def test_body_that_would_break_a_parser_is_400(server: Server, method: str, path: str, content: bytes) -> None:
+    answer = server.client.request(method, path, content=content, headers=JSON)
+    assert (answer.status_code, answer.json().keys()) == (400, {"error"})
+
+
+@pytest.mark.parametrize("line", [*UNREADABLE, '{"text": "a"}'.encode("utf-16")[:-1], b"[" * 200_000, b"null", b'"'])
+def test_line_that_would_break_a_parser_is_an_error_and_the_next_is_read(server: Server, line: bytes) -> None:
+    good = json.dumps({"id": "good", "text": "a day"}).encode()
+    content, headers = line.replace(b"\n", b"") + b"\n" + good, {"content-type": "application/x-ndjson"}
+    answer = server.client.put("/v1/kb/collections/attacked/facts", content=content, headers=headers).json()
+    assert (answer["failed"], answer["lines"], answer["created"] + answer["unchanged"]) == (1, 2, 1)
+    assert 400 <= answer["error"]["code"] < 500
+
+
+@pytest.mark.parametrize("manifest", UNREADABLE, ids=["deep list", "deep object", "not UTF-8"])
+def test_manifest_that_would_break_a_parser_is_refused(server: Server, manifest: bytes) -> None:
+    parts = {"manifest": ("manifest.json", manifest), "files": ("v.safetensors", b"x")}
+    answer = server.client.post("/v1/artifacts/attacked/versions", files=parts)
+    assert 400 <= answer.status_code < 500 and answer.json().keys() == {"error"}
+    assert server.client.get("/v1/artifacts/attacked").status_code == 404
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
 def test_bomb_is_refused_unpacked(server: Server, coding: str) -> None:
     zeros = b'{"model": "' + b"0" * (200 * MiB)
     bomb = gzip.compress(zeros, 1) if coding == "gzip" else zlib.compress(zeros, 1)
+    packed = {"content-encoding": coding}
     before = psutil.Process(server.process.pid).memory_info().rss
-    for path in POSTS:
-        answer = server.client.post(path, content=bomb, headers=JSON | {"content-encoding": coding})
+    for method, path in ROUTES:
+        answer = server.client.request(method, path, content=bomb, headers=JSON | packed)
         assert answer.status_code == 415, path
+    # What is read as a stream is read as it is.
+    for method, path, kind in (
+        ("PUT", "/v1/kb/collections/attacked/facts", "application/x-ndjson"),
+        ("POST", "/v1/artifacts/attacked/versions", "multipart/form-data; boundary=x"),
+    ):
+        answer = server.client.request(method, path, content=bomb, headers={"content-type": kind} | packed)
+        assert 400 <= answer.status_code < 500, path
     assert psutil.Process(server.process.pid).memory_info().rss - before < 100 * MiB
 
 
