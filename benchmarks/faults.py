@@ -37,7 +37,7 @@ from replicas_check import publish
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 COLLECTION, ALIAS = "/v1/kb/collections/faults", "/v1/artifacts/first/aliases/live"
 PROMPT, TOKENS = "The weather today is", 16
-FAULT_SECONDS, READY_SECONDS = 6.0, 180.0
+FAULT_SECONDS, READY_SECONDS = 6.0, 600.0
 CLIENTS = 4
 GONE = {"ConnectError", "ReadError", "RemoteProtocolError"}
 """What clients see of a server that isn't there, or ends in the middle."""
