@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal, NamedTuple
@@ -120,7 +120,13 @@ class BankDirectory:
         if placed is None:
             if len(missing) == 1 and not hopeless:
                 no_room[missing[0].width] = missing[0].numbers
-            return self._refusal(wants)
+            # Those of its own that are there may be what lies in the way, and would for ever: they are uploaded anew.
+            own = [want for want in wants if want.key in self._runs and self._idle(self._runs[want.key])]
+            if own:
+                placed = self._place([*missing, *own], {want.key for want in wants}, {want.key for want in own})
+            if placed is None:
+                return self._refusal(wants)
+            missing = [*missing, *own]
         starts, evicted = placed
         for key in evicted:
             del self._runs[key]
@@ -189,8 +195,11 @@ class BankDirectory:
     def _idle(self, run: _Run) -> bool:
         return run.users == 0 and run.lease <= self._clock()
 
-    def _place(self, missing: Sequence[Want], keep: set[str]) -> tuple[dict[str, int], list[str]] | None:
-        """Where the missing operands go and whom that evicts; None where those in use leave no room.
+    def _place(
+        self, missing: Sequence[Want], keep: set[str], gone: Set[str] = frozenset()
+    ) -> tuple[dict[str, int], list[str]] | None:
+        """Where the missing operands go and whom that evicts, beside those that are `gone`; None where those in use
+        leave no room.
 
         Nothing is ever moved. So the least recently used go first until the holes they leave are wide enough, and those
         that turn out not to lie in the way stay after all.
@@ -198,8 +207,8 @@ class BankDirectory:
         idle = [key for key, run in self._runs.items() if key not in keep and self._idle(run)]
 
         def fit(evicted: int) -> dict[str, int] | None:
-            gone = set(idle[:evicted])
-            return first_fit(missing, [(r.start, r.end) for k, r in self._runs.items() if k not in gone], self.numbers)
+            out = gone | set(idle[:evicted])
+            return first_fit(missing, [(r.start, r.end) for k, r in self._runs.items() if k not in out], self.numbers)
 
         enough, starts = 0, fit(0)
         if starts is None:
@@ -218,7 +227,7 @@ class BankDirectory:
         in_the_way = (
             key for key in idle[:enough] if any(a < self._runs[key].end and self._runs[key].start < b for a, b in runs)
         )
-        return starts, list(in_the_way)
+        return starts, [*sorted(gone), *in_the_way]
 
 
 def first_fit(wants: Sequence[Want], taken: Iterable[tuple[int, int]], numbers: int) -> dict[str, int] | None:

@@ -57,6 +57,19 @@ def test_one_in_use_stays_and_a_request_that_it_leaves_no_room_for_is_refused() 
     assert load(directory, want("c")) == ["b"]
 
 
+def test_operands_of_a_request_that_lie_in_its_own_way_are_uploaded_anew() -> None:
+    directory = BankDirectory(10)
+    for each in (want("a", 4), want("b", 2), want("c", 4)):
+        load(directory, each)
+        use(directory, each.key)
+    assert sorted(load(directory, want("b", 2), want("d", 8))) == ["a", "b", "c"]
+    directory.take(["b", "d"])
+    directory.release(["b", "d"])
+    load(directory, want("c", 8))
+    directory.take(["b"])
+    assert isinstance(reserve(directory, want("b", 2), want("e", 9)), Refusal), "one in use is never moved"
+
+
 def test_room_is_promised_for_all_operands_or_for_none() -> None:
     directory = BankDirectory(20)
     load(directory, want("a"))
