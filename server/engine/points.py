@@ -49,11 +49,12 @@ def decoder_layers(model: nn.Module, expected: int) -> dict[int, nn.Module]:
     """The decoder layers of this pipeline stage by their number: the members of the one list of `expected` modules of
     which all that are here hold an attention layer.
     """
-    candidates = []
+    candidates: list[dict[int, nn.Module]] = []
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == expected:
             here = {number: layer for number, layer in enumerate(module) if not isinstance(layer, PPMissingLayer)}
-            if here and all(_attends(layer) for layer in here.values()):
+            # Gemma 4 has its layers in a second list besides, for the part of it that it compiles by itself.
+            if here and all(_attends(layer) for layer in here.values()) and here not in candidates:
                 candidates.append(here)
     if len(candidates) != 1:
         raise UnsupportedModel(

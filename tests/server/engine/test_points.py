@@ -118,6 +118,11 @@ def test_the_layers_are_the_one_list_of_so_many_that_attend() -> None:
     assert list(decoder_layers(model, 3)) == [0, 2], "this stage's alone"
 
 
+def test_a_second_list_of_the_same_layers_is_no_other() -> None:
+    layers = [plain() for _ in range(3)]
+    assert list(decoder_layers(Model(layers=layers, compiled=layers), 3).values()) == layers
+
+
 @pytest.mark.parametrize(
     ("model", "found"),
     [
