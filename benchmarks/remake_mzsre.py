@@ -326,7 +326,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     encoder = CachedEncoder(encoders.load("e5-small"), options.cache)
-    decider = deciders(encoder, options.training, false_fires=0.015)[options.decider]
+    decider = deciders(encoder, options.training)[options.decider]
     with tempfile.TemporaryDirectory() as folder:
         asked = list(tasks(options, encoder, decider, folder))
     log = Log(options.log, options.model)

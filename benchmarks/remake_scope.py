@@ -3,16 +3,20 @@
 Facts are the `src` questions of all 400 items in one language; questions are the 200 test items' in another. Deciders
 are fitted on the training questions, other subjects all of them. Per direction: `top1`, the rephrased question's own
 fact is judged likeliest; `src` and `rephrase`, it is also taken to be in scope; `loc`, a question about something else
-is; `left_out`, a question whose own fact was taken out of the collection is. Writes results/remake_scope.json.
+is; `left_out`, a question whose own fact was taken out of the collection is. Writes results/remake_scope.json and the
+table of docs/remake.md.
 
     POLYHELM_BENCH_DATA=... .venv/bin/python benchmarks/remake_scope.py [--items 200] [--training 1990]
+    .venv/bin/python benchmarks/remake_scope.py --page      # write the table again, from the results
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,10 +38,29 @@ from kb.scope.storage import default
 from kb.scope.training import fit_head, fit_threshold
 
 RESULTS = Path(__file__).with_name("results") / "remake_scope.json"
+PAGE = Path(__file__).parents[1] / "docs" / "remake.md"
 GOALS = {"top1": 0.99, "src": 0.98, "rephrase": 0.98, "loc": 0.005, "left_out": 0.02}
 DIRECTIONS = [("en", language) for language in mzsre.LANGUAGES] + [
     (language, "en") for language in mzsre.LANGUAGES if language != "en"
 ]
+
+
+FALSE_FIRES = 0.008
+"""Chosen with --dev, where it leaves about 1.3% false fires of the 2% that the goal allows."""
+PAIR_FALSE_FIRES = 0.08
+"""The same for thresholds: among the training questions near misses are nearer than among 400 facts."""
+MEASURED = {
+    "top1": "the right fact is likeliest (rephrased questions)",
+    "src": "taken to be about its fact: the edit's own question",
+    "rephrase": "the same, rephrased",
+    "loc": "fires on a question about something else",
+    "left_out": "fires where the fact is left out",
+}
+COLUMNS = {"head": "`head`", "thresholds": "thresholds per pair", "shipped": "shipped"}
+NAMES = {
+    **{"en": "English", "cs": "Czech", "de": "German", "nl": "Dutch", "es": "Spanish", "fr": "French"},
+    **{"pt": "Portuguese", "ru": "Russian", "th": "Thai", "tr": "Turkish", "vi": "Vietnamese", "zh": "Chinese"},
+}
 
 
 class Bench:
@@ -102,14 +125,14 @@ def training_groups(encoder: CachedEncoder, number: int) -> Encoded:
     return Encoded(groups, [np.stack([vectors[lang][n] for lang in mzsre.LANGUAGES]) for n in range(number)])
 
 
-def deciders(encoder: CachedEncoder, training: int, false_fires: float) -> dict[str, Decider]:
+def deciders(encoder: CachedEncoder, training: int, false_fires: float = FALSE_FIRES) -> dict[str, Decider]:
     groups = training_groups(encoder, training)
     started = time.monotonic()
     head = fit_head(groups, encoder.identity, false_fires=false_fires, report=lambda text: print(text, flush=True))
     print(f"the head was fitted in {time.monotonic() - started:.0f} s", flush=True)
     return {
         "head": head,
-        "thresholds": fit_threshold(groups, encoder.identity, false_fires=false_fires),
+        "thresholds": fit_threshold(groups, encoder.identity, false_fires=PAIR_FALSE_FIRES),
         "shipped": default(),
     }
 
@@ -118,18 +141,82 @@ def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in GOALS}
 
 
+def reached(name: str, value: float) -> bool:
+    return value <= GOALS[name] if name in ("loc", "left_out") else value >= GOALS[name]
+
+
+def section(results: dict[str, Any]) -> str:
+    """The table and what it says, as Markdown. Bold: the goal is reached."""
+
+    def shown(name: str, value: float) -> str:
+        return f"**{100 * value:.1f}**" if reached(name, value) else f"{100 * value:.1f}"
+
+    deciders = results["deciders"]
+    kinds = [kind for kind in COLUMNS if kind in deciders]
+    lines = [f"| | goal | {' | '.join(COLUMNS[kind] for kind in kinds)} |", "|---|---|" + "---|" * len(kinds)]
+    for name, words in MEASURED.items():
+        sign = "≤" if name in ("loc", "left_out") else "≥"
+        cells = [
+            f"{shown(name, deciders[kind]['from_english'][name])} / {shown(name, deciders[kind]['to_english'][name])}"
+            for kind in kinds
+        ]
+        lines.append(f"| {words} | {sign} {100 * GOALS[name]:g} | {' | '.join(cells)} |")
+    head = deciders["head"]
+    missed = [
+        f"*{MEASURED[name]}*, {way}"
+        for name in GOALS
+        for way, side in (("English to 12", "from_english"), ("12 to English", "to_english"))
+        if not reached(name, head[side][name])
+    ]
+    verdict = f"The head doesn't reach the goal of {'; '.join(missed)}" if missed else "The head reaches all goals"
+    found = {
+        language: float(
+            np.mean(
+                [
+                    head["directions"][way][kind]
+                    for way in (f"en>{language}", f"{language}>en")
+                    for kind in ("src", "rephrase")
+                ]
+            )
+        )
+        for language in mzsre.LANGUAGES
+    }
+    lowest = sorted(found, key=lambda language: found[language])[:4]
+    least = ", ".join(f"{NAMES[language]} {100 * found[language]:.1f}" for language in lowest)
+    text = (
+        f"Bold: the goal is reached, as a mean over languages. {verdict}. Questions taken to be about their fact are "
+        f"fewest in {least} percent."
+    )
+    return "\n".join(lines) + "\n\n" + textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def write_page(results: dict[str, Any]) -> None:
+    """Replace what is between the marks in docs/remake.md."""
+    marks = re.compile(r"(<!-- remake_scope -->\n).*(\n<!-- end of remake_scope -->)", re.S)
+    page, number = marks.subn(lambda found: found[1] + section(results) + found[2], PAGE.read_text("utf-8"))
+    if number != 1:
+        raise SystemExit(f"{PAGE} has no place for the table")
+    PAGE.write_text(page, "utf-8")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=200, help="of the 200 test items")
     parser.add_argument("--dev", action="store_true", help="on the items for choosing, without writing results")
     parser.add_argument("--training", type=int, default=1990, help="training questions")
-    parser.add_argument("--false-fires", type=float, default=0.015, help="on held-out training questions")
+    parser.add_argument(
+        "--false-fires", type=float, default=FALSE_FIRES, help="of the head, on held-out training questions"
+    )
+    parser.add_argument("--page", action="store_true", help="only write the table of docs/remake.md")
     parser.add_argument("--cache", type=Path, help="a folder for vectors, so that a run can be taken up again")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
+    if options.page:
+        write_page(json.loads(RESULTS.read_text("utf-8")))
+        return
     encoder = CachedEncoder(encoders.load("e5-small"), options.cache)
     start = 0 if options.dev else mzsre.DEV
     with tempfile.TemporaryDirectory() as folder:
@@ -143,8 +230,14 @@ def main() -> None:
             print(name, "en>12", from_english, "12>en", to_english, flush=True)
     if not options.dev:
         settings = {"items": options.items, "facts": len(bench.items), "training": options.training, "goals": GOALS}
-        content = {"environment": environment(), **settings, "false_fires": options.false_fires, "deciders": report}
+        content = {
+            "environment": environment(),
+            **settings,
+            "false_fires": [options.false_fires, PAIR_FALSE_FIRES],
+            "deciders": report,
+        }
         RESULTS.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        write_page(content)
 
 
 if __name__ == "__main__":

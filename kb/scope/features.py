@@ -1,4 +1,4 @@
-"""What a question and each of its nearest facts have in common, as numbers for a linear classifier."""
+"""What a question and each of its nearest facts have in common, as numbers for a classifier."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from typing import Final
 import numpy as np
 
 from kb.scope.base import Text
-from kb.scope.words import NUMBERS, OVERLAP, Rarity, numbers, overlap, words_of
+from kb.scope.space import Space
+from kb.scope.words import NUMBERS, OVERLAP, Rarity, numbers, overlap, scripts, words_of
 
 _VIEW: Final = ("cosine", "ahead", "crowded", "side")
-VECTOR: Final = tuple(f"{view}_{name}" for view in ("whole", "projected") for name in _VIEW)
+VECTOR: Final = tuple(f"{view}_{name}" for view in ("whole", "centred", "projected") for name in _VIEW)
 WORDS: Final = (
     *(f"fact_{name}" for name in OVERLAP),
     *(f"question_{name}" for name in OVERLAP),
     *NUMBERS,
     *("fuzzy_ahead", "consonants_ahead"),
 )
-NAMES: Final = (*VECTOR, *WORDS)
+SCRIPTS: Final = ("question_unspaced", "question_foreign", "fact_unspaced", "fact_foreign", "same_script")
+NAMES: Final = (*VECTOR, *WORDS, *SCRIPTS)
 
 
-def features(question: Text, candidates: Sequence[Text], rarity: Rarity, projection: np.ndarray) -> np.ndarray:
-    """float32 [candidates, len(NAMES)]. `projection` [dimension, smaller] keeps of vectors what tells facts apart."""
-    facts = np.stack([each.vector for each in candidates])
-    views = [_view(question.vector, facts), _view(_units(question.vector @ projection), _units(facts @ projection))]
+def features(question: Text, candidates: Sequence[Text], rarity: Rarity, space: Space) -> np.ndarray:
+    """float32 [candidates, len(NAMES)]."""
+    whole = np.stack([question.vector, *(each.vector for each in candidates)])
+    centred = space.centred([question, *candidates])
+    views = [_view(rows[0], rows[1:]) for rows in (whole, _units(centred), _units(centred @ space.projection))]
     asked = words_of(question.text)
-    rows = []
+    rows, written = [], []
     for each in candidates:
         told = words_of(each.text)
         rows.append([*overlap(told, asked, rarity), *overlap(asked, told, rarity), *numbers(told, asked)])
-    shared = np.array(rows)
+        written.append([*scripts(asked), *scripts(told)])
+    shared, kinds = np.array(rows), np.array(written)
     fuzzy, sound = shared[:, OVERLAP.index("fuzzy")], shared[:, OVERLAP.index("consonants")]
     ahead = np.stack([fuzzy - _best_other(fuzzy), sound - _best_other(sound)], axis=1)
-    return np.asarray(np.concatenate([*views, shared, ahead], axis=1), np.float32)
+    same = 1 - np.abs(kinds[:, :2] - kinds[:, 2:]).max(axis=1, keepdims=True)
+    return np.asarray(np.concatenate([*views, shared, ahead, kinds, same], axis=1), np.float32)
 
 
 def _view(question: np.ndarray, facts: np.ndarray) -> np.ndarray:

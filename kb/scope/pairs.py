@@ -74,11 +74,12 @@ def encode(groups: Sequence[Group], encoder: Encoder) -> Encoded:
     return Encoded(groups, np.split(rows, ends[:-1]))
 
 
-def situations(encoded: Encoded, *, per_group: int, seed: int) -> Iterator[Situation]:
+def situations(encoded: Encoded, *, per_group: int, seed: int, small: float = 0.0) -> Iterator[Situation]:
     """For each group some of its questions, asked of a collection that has another question of every group as fact.
 
     The collection is in one language, and every second time without the fact that the question is about. A question
-    isn't asked of its own wording.
+    isn't asked of its own wording. A share `small` of the collections are samples of 1 fact or more: there the nearest
+    fact may be about something else altogether.
     """
     random = np.random.default_rng(seed)
     collections = _collections(encoded)
@@ -95,8 +96,13 @@ def situations(encoded: Encoded, *, per_group: int, seed: int) -> Iterator[Situa
             if turn % 2 == 0:
                 position = int(np.flatnonzero(own)[0])
                 scores[position] = vectors[position] @ vector if group.questions[asked] != facts[position] else -2
+            if small and random.random() < small:
+                kept = random.random(len(scores)) < len(scores) ** -random.random()
+                scores[~kept & ~own] = -2
             nearest = np.argsort(-scores)[:CANDIDATES]
             nearest = nearest[scores[nearest] > -2]
+            if not len(nearest):
+                continue
             # Two groups may ask for the same thing in this language.
             wording = {question for question, _ in group.questions}
             matches = np.array([owners[n] == number or facts[n][0] in wording for n in nearest])

@@ -36,7 +36,7 @@ def save(decider: Storable, folder: Path, notes: Mapping[str, Any] | None = None
     if isinstance(decider, ThresholdDecider):
         settings |= decider.settings()
     elif isinstance(decider, HeadDecider):
-        settings["texts"] = decider.rarity.texts
+        settings |= {"texts": decider.rarity.texts, "languages": list(decider.space.languages)}
         save_file(decider.tensors(), folder / TENSORS)
     else:
         decider.save(folder / MODEL)
@@ -63,7 +63,8 @@ def load(folder: Path) -> Decider:
                 fallback, dict(settings["thresholds"]), encoder, None if same is None else float(same)
             )
         if kind == "head" and encoder is not None:
-            return HeadDecider.from_tensors(encoder, int(settings["texts"]), load_file(folder / TENSORS))
+            texts, languages = int(settings["texts"]), list(settings["languages"])
+            return HeadDecider.from_tensors(encoder, texts, languages, load_file(folder / TENSORS))
         if kind == "cross_encoder":
             return CrossEncoderDecider(str(folder / MODEL))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from kb.encoders.base import EncoderIdentity
-from kb.scope.base import Decider
+from kb.scope.base import Decider, Text
 from kb.scope.features import features
 from kb.scope.head import HeadDecider
+from kb.scope.network import LIMIT, Network
 from kb.scope.pairs import Encoded, situations
+from kb.scope.space import Space
 from kb.scope.threshold import Judged, ThresholdDecider, calibrate
 from kb.scope.words import Rarity
 
-PROJECTED = 128
-TEMPERATURE = 0.05
-PENALTY = 1e-4
-PER_GROUP = 16
+PROJECTED = 256
+TEMPERATURE = 0.1
+UNITS = 24
+STEPS = 1500
+BATCH = 512
+PENALTY = 1e-2
+PER_GROUP = 12
 """Situations that are made of each group."""
+SMALL = 0.3
+"""Share of these in small collections, where even the nearest fact may be far away."""
+MIN_CENTRED = 20
+"""Questions in a language from which on it has a centre of its own."""
 HELD_OUT = 0.15
 """Share of the groups that the threshold of the decision is set on."""
 Report = Callable[[str], None]
@@ -50,29 +59,34 @@ def fit_threshold(encoded: Encoded, encoder: EncoderIdentity, *, false_fires: fl
 def fit_head(
     encoded: Encoded, encoder: EncoderIdentity, *, false_fires: float, report: Report, seed: int = 0
 ) -> HeadDecider:
-    """Projection, then weights, then the point at which held-out near misses fire in this share of cases.
+    """A space, then the network, then the point at which held-out near misses fire in this share of cases.
 
-    Each is fitted on groups of its own: what a projection has learned by heart would teach the weights to trust it.
+    What a space has learned by heart would teach the network to trust it, so that each half of the groups is read in
+    the space that the other half made; the one that is kept is made of both.
     """
     order = np.random.default_rng(seed).permutation(len(encoded.groups))
-    held, half = max(int(HELD_OUT * len(order)), 10), len(order) // 2
+    held = max(int(HELD_OUT * len(order)), 10)
     rarity = Rarity.of(text for group in encoded.groups for text, _ in group.questions)
-    report("learning a projection that tells facts apart")
-    projection = fit_projection(encoded.part(order[:half]), seed)
+    halves = [encoded.part(numbers) for numbers in np.array_split(order[:-held], 2)]
+    report("learning a space that tells facts apart")
+    spaces = [fit_space(each, seed) for each in halves]
+    space = fit_space(encoded.part(order[:-held]), seed)
     report("reading pairs and their near misses")
-    asked = list(situations(encoded.part(order[half:-held]), per_group=PER_GROUP, seed=seed))
-    rows = np.concatenate([features(each.question, each.candidates, rarity, projection) for each in asked])
-    labels = np.concatenate([each.matches for each in asked])
-    report(f"learning the decision from {len(rows)} pairs")
-    weights = fit_weights(rows, labels)
+    rows, labels = [], []
+    for half, other in zip(halves, reversed(spaces), strict=True):
+        for each in situations(half, per_group=PER_GROUP, seed=seed, small=SMALL):
+            rows.append(features(each.question, each.candidates, rarity, other))
+            labels.append(each.matches)
+    report(f"learning the decision from {sum(len(each) for each in rows)} pairs")
+    network = fit_network(np.concatenate(rows), np.concatenate(labels), seed)
     near = situations(encoded.part(order[-held:]), per_group=2 * PER_GROUP, seed=seed + 1)
     best = [
-        float((features(each.question, each.candidates, rarity, projection) @ weights).max())
+        float(network(features(each.question, each.candidates, rarity, space)).max())
         for each in near
         if not each.matches.any()
     ]
     bias = -float(np.quantile(best, 1 - false_fires))
-    return HeadDecider(encoder, rarity, projection, weights, bias)
+    return HeadDecider(encoder, rarity, space, network, bias)
 
 
 def quality(decider: Decider, encoded: Encoded, seed: int = 2) -> Quality:
@@ -88,23 +102,48 @@ def quality(decider: Decider, encoded: Encoded, seed: int = 2) -> Quality:
     return Quality(float(np.mean(right)), float(np.mean(wrong)))
 
 
-def fit_projection(encoded: Encoded, seed: int) -> np.ndarray:
-    """float32 [dimension, PROJECTED] that brings a group's questions together and others apart: InfoNCE over batches
-    (van den Oord et al. 2018, equation 4) of two questions of each group.
+def fit_space(encoded: Encoded, seed: int) -> Space:
+    rows: dict[str, list[np.ndarray]] = {}
+    for group, vectors in zip(encoded.groups, encoded.vectors, strict=True):
+        for (_, language), vector in zip(group.questions, vectors, strict=True):
+            rows.setdefault(language, []).append(vector)
+    languages = tuple(sorted(language for language, found in rows.items() if len(found) >= MIN_CENTRED))
+    means = [
+        np.mean(np.concatenate(list(encoded.vectors)), axis=0),
+        *(np.mean(rows[each], axis=0) for each in languages),
+    ]
+    space = Space(languages, np.asarray(np.stack(means), np.float32), np.eye(1, dtype=np.float32))
+    centred = [
+        space.centred(
+            [Text(text, language, vector) for (text, language), vector in zip(group.questions, own, strict=True)]
+        )
+        for group, own in zip(encoded.groups, encoded.vectors, strict=True)
+    ]
+    return space._replace(projection=fit_projection(centred, seed))
+
+
+def fit_projection(groups: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """float32 [dimension, PROJECTED] that brings a group's vectors [questions, dimension] together and others apart:
+    InfoNCE over batches (van den Oord et al. 2018, equation 4) of two questions of each group.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     random = np.random.default_rng(seed)
-    dimension = encoded.vectors[0].shape[1]
+    dimension = groups[0].shape[1]
     matrix = torch.empty(dimension, min(PROJECTED, dimension))
     torch.nn.init.orthogonal_(matrix, generator=generator)
     matrix.requires_grad_()
     optimiser = torch.optim.AdamW([matrix], lr=2e-3, weight_decay=1e-2)
     for _ in range(250):
-        numbers = random.permutation(len(encoded.groups))[:512]
-        picks = [(encoded.vectors[n], random.choice(len(encoded.vectors[n]), 2, replace=False)) for n in numbers]
-        one, other = (torch.from_numpy(np.stack([rows[pick[side]] for rows, pick in picks])) for side in (0, 1))
+        numbers = random.permutation(len(groups))[:512]
+        sizes = np.array([len(groups[n]) for n in numbers])
+        first = random.integers(sizes)
+        second = (first + random.integers(1, sizes)) % sizes
+        one, other = (
+            torch.from_numpy(np.stack([groups[n][pick] for n, pick in zip(numbers, picks, strict=True)]))
+            for picks in (first, second)
+        )
         projected = [torch.nn.functional.normalize(each @ matrix, dim=1) for each in (one, other)]
         logits = projected[0] @ projected[1].T / TEMPERATURE
         truth = torch.arange(len(logits))
@@ -116,23 +155,28 @@ def fit_projection(encoded: Encoded, seed: int) -> np.ndarray:
     return np.asarray(matrix.detach().numpy())
 
 
-def fit_weights(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """float32 [features]: logistic regression on standardised features, L2-regularised. `labels` is bool [pairs]."""
+def fit_network(rows: np.ndarray, labels: np.ndarray, seed: int) -> Network:
+    """By cross-entropy on features [pairs, features] and bool [pairs]."""
     import torch
 
-    mean, scale = rows.mean(axis=0), rows.std(axis=0) + 1e-3
-    x = torch.from_numpy(np.asarray((rows - mean) / scale, np.float32))
+    generator = torch.Generator().manual_seed(seed)
+    mean, scale = (np.asarray(each, np.float32) for each in (rows.mean(axis=0), rows.std(axis=0) + 1e-3))
+    x = torch.from_numpy(np.clip((rows - mean) / scale, -LIMIT, LIMIT).astype(np.float32))
     y = torch.from_numpy(labels.astype(np.float32))
-    weights = torch.zeros(x.shape[1], requires_grad=True)
-    bias = torch.zeros(1, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weights, bias], max_iter=300, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
+    hidden = torch.randn(x.shape[1], UNITS, generator=generator) / x.shape[1] ** 0.5
+    linear, offsets, out, bias = torch.zeros(x.shape[1]), torch.zeros(UNITS), torch.zeros(UNITS), torch.zeros(1)
+    learned = [linear, hidden, offsets, out, bias]
+    for each in learned:
+        each.requires_grad_()
+    optimiser = torch.optim.AdamW(learned, lr=5e-3, weight_decay=PENALTY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 5e-3, total_steps=STEPS + 1)
+    for _ in range(STEPS):
+        numbers = torch.randint(len(x), (BATCH,), generator=generator)
+        part = x[numbers]
+        logits = part @ linear + torch.tanh(part @ hidden + offsets) @ out + bias
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[numbers])
         optimiser.zero_grad()
-        entropy = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights + bias, y)
-        value = entropy + PENALTY * (weights**2).sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    optimiser.step(loss)  # type: ignore[no-untyped-call]
-    return np.asarray(weights.detach().numpy() / scale, np.float32)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        schedule.step()
+    return Network(mean, scale, *(np.asarray(each.detach().numpy()) for each in learned[:-1]))

@@ -23,6 +23,7 @@ _RUNS: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9ff
 _UNSPACED = re.compile(f"[{_RUNS}]")
 # Python's \w leaves out the vowel signs of the scripts of India.
 _WORD = re.compile(rf"[{_RUNS}]+|(?:[^\W{_RUNS}]|[\u0900-\u0dff])+")
+_LATIN = re.compile("[A-Za-z\u00aa-\u024f\u1e00-\u1eff]")
 _LETTERS = re.compile("[a-z]+")
 _CLASSES = str.maketrans("cgqkhxlrdtbpfvwszjmny", "kkkkkkrrttppfffsssnn ", "aeiou")
 _HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
@@ -155,3 +156,12 @@ def _sound(word: Word, other: Words) -> float:
 def numbers(one: Words, other: Words) -> list[float]:
     """In the terms of NUMBERS: numbers that both have, and numbers that only one has."""
     return [float(len(one.numbers & other.numbers)), float(len(one.numbers ^ other.numbers))]
+
+
+def scripts(words: Words) -> tuple[float, float]:
+    """Shares of the letters: of scripts without spaces between words, and of other scripts that aren't Latin."""
+    unspaced = sum(len(word.written) for word in words.words if word.unspaced)
+    spaced = "".join(word.written for word in words.words if not word.unspaced)
+    foreign = sum(letter.isalpha() for letter in _LATIN.sub("", spaced))
+    total = max(unspaced + sum(letter.isalpha() for letter in spaced), 1)
+    return unspaced / total, foreign / total

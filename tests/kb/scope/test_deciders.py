@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from kb.encoders import load as load_encoder
 from kb.encoders.base import EncoderIdentity
@@ -68,6 +69,32 @@ def test_a_situation_has_its_own_fact_every_second_time_and_never_its_own_wordin
         assert cosines == sorted(cosines, reverse=True)
 
 
+def test_small_collections_bring_far_facts_and_never_more_than_was_asked_for(known: Encoded) -> None:
+    def nearest(small: float) -> list[float]:
+        found = situations(known, per_group=4, seed=0, small=small)
+        return [float(each.candidates[0].vector @ each.question.vector) for each in found if not each.matches.any()]
+
+    assert np.quantile(nearest(1.0), 0.25) < np.quantile(nearest(0.0), 0.05)
+    kept = list(situations(known, per_group=4, seed=0, small=1.0))
+    assert {len(each.candidates) for each in kept} == {1, 2, 3, CANDIDATES}
+    assert np.mean([each.matches.any() for each in kept]) > 0.5, "a question's own fact stays"
+
+
+@pytest.mark.parametrize("facts", [5, 40])
+def test_the_head_is_silent_on_questions_about_something_else(head: HeadDecider, unknown: Encoded, facts: int) -> None:
+    asked = [
+        "how do i bake bread without yeast",
+        "why is the sky blue",
+        "was kostet ein Liter Milch",
+        "сколько времени",
+    ]
+    told = [(group.questions[0], rows[0]) for group, rows in zip(unknown.groups, unknown.vectors, strict=True)]
+    for text, vector in zip(asked, ENCODER.encode_queries(asked), strict=True):
+        near = sorted(told[:facts], key=lambda each: -float(each[1] @ vector))[:CANDIDATES]
+        candidates = [Text(*question, row) for question, row in near]
+        assert head.probabilities(Text(text, None, vector), candidates).max() < 0.5
+
+
 def test_one_candidate_and_an_empty_question_can_be_judged(head: HeadDecider) -> None:
     question, fact = ENCODER.encode_queries(["", "Who wrote Faust?"])
     judged = head.probabilities(Text("", None, question), [Text("Who wrote Faust?", "en", fact)])
@@ -119,7 +146,9 @@ def test_a_decider_survives_a_folder(kind: str, head: HeadDecider, unknown: Enco
         save(decider, tmp_path / "scope")
 
 
-@pytest.mark.parametrize("damage", ["no settings", "not json", "format", "kind", "no tensors", "half", "dimension"])
+@pytest.mark.parametrize(
+    "damage", ["no settings", "not json", "format", "kind", "no tensors", "half", "dimension", "network", "languages"]
+)
 def test_a_damaged_folder_is_refused(head: HeadDecider, tmp_path: Path, damage: str) -> None:
     save(head, tmp_path)
     settings, tensors = tmp_path / SETTINGS, tmp_path / TENSORS
@@ -135,6 +164,11 @@ def test_a_damaged_folder_is_refused(head: HeadDecider, tmp_path: Path, damage: 
             settings.write_text(json.dumps(written | {"kind": "oracle"}))
         case "no tensors":
             tensors.unlink()
+        case "network":
+            kept = load_file(tensors)
+            save_file(kept | {"linear": kept["linear"][:-1]}, tensors)
+        case "languages":
+            settings.write_text(json.dumps(written | {"languages": written["languages"][1:]}))
         case "half":
             tensors.write_bytes(tensors.read_bytes()[: tensors.stat().st_size // 2])
         case "dimension":

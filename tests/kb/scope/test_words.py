@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kb.scope.words import MAX_WORDS, NUMBERS, OVERLAP, Rarity, numbers, overlap, words_of
+from kb.scope.words import MAX_WORDS, NUMBERS, OVERLAP, Rarity, numbers, overlap, scripts, words_of
 
 RARITY = Rarity.of(["Who wrote this book?", "Who wrote that song?", "Who was born here?", "Кто написал эту книгу?"])
 
@@ -56,3 +56,19 @@ def test_a_long_text_is_compared_by_its_beginning() -> None:
 )
 def test_a_name_in_latin_letters_is_a_word_of_its_own_among_others(text: str, words: list[str]) -> None:
     assert [word.written for word in words_of(text).words] == words
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        ("Ai đã thiết kế Nhà thờ Évry?", (0, 0)),
+        ("谁设计了埃夫里大教堂？", (1, 0)),
+        ("Кто?", (0, 1)),
+        ("Evry 埃夫里大", (0.5, 0)),
+        ("Evry Эври", (0, 0.5)),
+        ("", (0, 0)),
+        ("2006?", (0, 0)),
+    ],
+)
+def test_the_scripts_of_a_text_are_told_apart(text: str, shares: tuple[float, float]) -> None:
+    assert scripts(words_of(text)) == shares
