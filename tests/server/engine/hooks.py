@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,18 +69,33 @@ def activations(model: nn.Module, points: Any, ids: list[int]) -> dict[tuple[Poi
     return seen
 
 
+class Reference(NamedTuple):
+    """The log-probability of every token but the first, with the program acting. `margin` is how near any value came to
+    a threshold at which the result jumps, as a cosine: within the rounding of float32 either side is right.
+    """
+
+    log_probabilities: list[float]
+    margin: float
+
+
 def log_probabilities(
     model: nn.Module, tensors: Tensors, program: Program, ids: list[int], prompt_len: int
-) -> list[float]:
-    """Of every token but the first, with the program acting."""
+) -> Reference:
+    margins = [torch.inf]
     # What a gate for the sequence decides depends on the prompt alone, but acts on layers before it as well, later.
-    decisions = _run(model, tensors, program, ids[:prompt_len], prompt_len, {})[1]
-    logits, _ = _run(model, tensors, program, ids[:-1], prompt_len, decisions)
-    return torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), ids[1:]].tolist()
+    decisions = _run(model, tensors, program, ids[:prompt_len], prompt_len, {}, margins)[1]
+    logits, _ = _run(model, tensors, program, ids[:-1], prompt_len, decisions, margins)
+    return Reference(torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), ids[1:]].tolist(), min(margins))
 
 
 def _run(
-    model: nn.Module, tensors: Tensors, program: Program, ids: list[int], prompt_len: int, decisions: dict[int, bool]
+    model: nn.Module,
+    tensors: Tensors,
+    program: Program,
+    ids: list[int],
+    prompt_len: int,
+    decisions: dict[int, bool],
+    margins: list[float],
 ) -> tuple[torch.Tensor, dict[int, bool]]:
     decided = dict(decisions)
 
@@ -97,7 +112,9 @@ def _run(
                 is_open = _open(edit, x, operand["vector"])
                 if edit.condition.scope == "token":
                     opened[index] = is_open & acts
+                    margins.extend(_gap(edit, x, operand["vector"])[acts].tolist())
                 else:
+                    margins.append(_gap(edit, x, operand["vector"])[prompt_len - 1].item())
                     decided.setdefault(index, bool(is_open[prompt_len - 1]))
                 continue
             if edit.gate is not None:
@@ -109,6 +126,10 @@ def _run(
                     sees = min(edit.layers) > decisive or (edit.point == gate.point and min(edit.layers) >= decisive)
                     acts = acts & (torch.arange(len(x)) >= prompt_len - (1 if sees else 0))
                     acts = acts & decided.get(edit.gate, False)
+            if edit.function is not None and edit.function.activation == "jumprelu" and acts.any():
+                e, c = operand["encoder"], x @ operand["encoder"].T + operand["bias"]
+                gaps = (c - operand["threshold"]).abs() / (x.norm(dim=1)[:, None] * e.norm(dim=1))
+                margins.append(gaps[acts].min().item())
             x = torch.where(acts[:, None], _edited(edit, x, start, operand), x)
         return x
 
@@ -124,8 +145,17 @@ def _covered(edit: Edit, tokens: int, prompt_len: int) -> torch.Tensor:
     return covered
 
 
+def _read(edit: Edit, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return x @ v if edit.condition.readout == "dot" else torch.cosine_similarity(x, v[None], dim=1)
+
+
+def _gap(edit: Edit, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    gap = (_read(edit, x, v) - edit.condition.threshold).abs()
+    return gap / (x.norm(dim=1) * v.norm()) if edit.condition.readout == "dot" else gap
+
+
 def _open(edit: Edit, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    value = x @ v if edit.condition.readout == "dot" else torch.cosine_similarity(x, v[None], dim=1)
+    value = _read(edit, x, v)
     return value > edit.condition.threshold if edit.condition.above else value < edit.condition.threshold
 
 

@@ -87,15 +87,30 @@ def key(request: Request) -> str:
     return f"{request.prompt}{request.edits}"
 
 
-def assert_as_alone(run: Run, alone: dict[str, Result]) -> None:
+def assert_as_alone(asked: list[list[Request]], run: Run, alone: dict[str, Result]) -> None:
     leaks = [
         request.edits
-        for requests, results in zip(rounds(), run.rounds, strict=True)
+        for requests, results in zip(asked, run.rounds, strict=True)
         for request, result in zip(requests, results, strict=True)
-        if result.tokens != alone[key(request)].tokens
-        or np.abs(np.subtract(result.logprobs, alone[key(request)].logprobs)).max() > 1e-3
+        if not result.aborted and differs(result, alone[key(request)])
     ]
     assert leaks == []
+
+
+def differs(result: Result, alone: Result) -> bool:
+    if any(tokens != alone.tokens for tokens in (result.tokens, *result.others)):
+        return True
+    return bool(np.abs(np.subtract(result.logprobs, alone.logprobs)).max() > 1e-3)
+
+
+def disturbed(requests: list[Request]) -> list[Request]:
+    """Every fifth is aborted, in the queue or while it runs, and every seventh wants two choices."""
+    return [
+        request._replace(abort_after=1 + index % 23)
+        if index % 5 == 0
+        else request._replace(choices=2 if index % 7 == 3 else 1)
+        for index, request in enumerate(requests)
+    ]
 
 
 def test_the_programs_really_differ(alone: dict[str, Result]) -> None:
@@ -109,7 +124,7 @@ def test_a_thousand_requests_in_mixed_batches_with_shared_prompts_change_nothing
     engine = {**ENGINE, "model": str(model), "enable_prefix_caching": True}
     run = run_engine(tmp_path, operands, rounds(), engine)
     assert sum(map(len, run.rounds)) == 1000
-    assert_as_alone(run, alone)
+    assert_as_alone(rounds(), run, alone)
     assert all(result.cached == 3 * BLOCK for result in run.rounds[-1]), "equal requests must share the prompt's blocks"
     assert any(result.cached == 0 for result in run.rounds[1])
 
@@ -126,7 +141,26 @@ def test_preemption_and_small_chunks_change_nothing(
     }
     run = run_engine(tmp_path, operands, rounds(), engine)
     assert run.preemptions > 10, "nothing was preempted: this proves nothing"
-    assert_as_alone(run, alone)
+    assert_as_alone(rounds(), run, alone)
+
+
+def test_cancellations_and_several_choices_change_nothing(
+    model: Path, operands: Operands, alone: dict[str, Result], tmp_path: Path
+) -> None:
+    engine = {
+        **ENGINE,
+        "model": str(model),
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": 40,
+        "num_gpu_blocks_override": 14,
+    }
+    asked = [disturbed(each) for each in rounds()[:4]]
+    run = run_engine(tmp_path, operands, asked, engine)
+    every = [result for results in run.rounds for result in results]
+    assert sum(result.aborted for result in every) > 20, "hardly any was aborted: this proves little"
+    assert sum(len(result.others) for result in every) > 20
+    assert run.preemptions > 0
+    assert_as_alone(asked, run, alone)
 
 
 def test_edits_behind_the_prompt_share_it_with_unsteered_requests(

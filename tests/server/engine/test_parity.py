@@ -5,9 +5,11 @@ Every opcode at every point and span, in one batch, then random programs that mi
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,23 @@ TINY = {
     "gemma2": lambda: transformers.Gemma2Config(**SHAPE | {"tie_word_embeddings": True}, **SLIDING),
     "gemma3": lambda: transformers.Gemma3TextConfig(**SHAPE, **SLIDING),
     "olmo2": lambda: transformers.Olmo2Config(**NO_HEAD_DIM),
+    # Its layers return a pair with None.
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **SHAPE, **SLIDING, global_head_dim=SHAPE["head_dim"], hidden_size_per_layer_input=0
+    ),
     "granite": lambda: transformers.GraniteConfig(**NO_HEAD_DIM, attention_multiplier=0.125),
 }
+BELOW = "below"
+"""Of a gate and its twin, with one prompt, one is open wherever the other is closed."""
+SEED = int(os.environ.get("PARITY_SEED") or random.SystemRandom().randrange(1 << 32))
+"""Of the random programs: others in every run, so that all runs together cover more. A failure shows it."""
+UNDECIDED = 3e-5
+"""Nearer to a threshold, as a cosine, the engine's rounding may fall on its other side."""
 SPANS = {"all": Span(), "last": LAST, "window": Span(False, False, prompt_window=(4, 9), generation_window=(3, 12))}
 
 
 def programs(point: Point, layers: int) -> dict[str, tuple[Edit, ...]]:
-    """Each opcode, function and gate at one point, under the spans in turn."""
+    """Each opcode, function and gate at one point, under each span."""
     everywhere = layers_at(point, layers)
     middle = (everywhere[len(everywhere) // 2],)
     made: dict[str, tuple[Edit, ...]] = {}
@@ -74,20 +86,18 @@ def programs(point: Point, layers: int) -> dict[str, tuple[Edit, ...]]:
     every_span("set", "set", f"{point}-vector-0", middle, 1.0)
     for index, function in enumerate(FUNCTIONS):
         every_span(f"rank {index}", "rank", f"{point}-rank-{index % 2}", everywhere, 0.8, function=function)
-    add = Edit("add", f"{point}-vector-0", everywhere, 1.5, point=point)
-    made["renorm"] = (add, Edit("renorm", None, everywhere, point=point))
-    for scope, layer_set in (("token", everywhere), ("sequence", middle)):
-        for above in (True, False):
-            gate = Edit(
-                "gate",
-                f"{point}-vector-1",
-                layer_set,
-                1.0,
-                point=point,
-                condition=Condition("cosine", 0.0, above, scope),
+    for span_name, span in SPANS.items():
+        add = Edit("add", f"{point}-vector-0", everywhere, 1.5, span, point)
+        made[f"renorm {span_name}"] = (add, Edit("renorm", None, everywhere, 1.0, span, point))
+        for scope, readout, above in product(("token", "sequence"), ("cosine", "dot"), (True, False)):
+            decides = everywhere if scope == "token" else middle
+            # What is decided for the sequence at its last prompt token reaches only layers behind, there.
+            acts = everywhere[len(everywhere) // 2 :] if (scope, span_name) == ("sequence", "last") else everywhere
+            condition = Condition(readout, 0.0, above, scope)
+            made[f"{scope} {readout} gate {span_name} {'above' if above else BELOW}"] = (
+                Edit("gate", f"{point}-vector-1", decides, 1.0, point=point, condition=condition),
+                Edit("add", f"{point}-vector-0", acts, 1.5, span, point, gate=0),
             )
-            behind = Edit("add", f"{point}-vector-0", everywhere, 1.5, point=point, gate=0)
-            made[f"{scope} gate {above}"] = (gate, behind, Edit("scale", f"{point}-mask-1", middle, 0.5, point=point))
     return made
 
 
@@ -114,13 +124,17 @@ def check(
         there = layers_at(point, layers)
         typical, width = clean[point, there[len(there) // 2]].square().mean().sqrt().item(), clean[point, 0].shape[1]
         tensors |= {f"{point}-{key}": v for key, v in tensors_for(len(there), width, typical, len(tensors)).items()}
+    print(f"PARITY_SEED={SEED}")
     cases = {f"{point} {name}": edits for point in points for name, edits in programs(point, layers).items()}
-    dice = random.Random(0)
+    dice = random.Random(SEED)
     for index in range(random_programs):
         cases[f"random {index}"] = by_point(random_program(dice, layers, points, strength=0.7))
     cases["unsteered"] = ()
-    requests = [Request(prompt(), edits, NEW_TOKENS, prompt_logprobs=True) for edits in cases.values()]
-    # Chunks shorter than the prompts, so that prompts are split and mixed with decodes.
+    prompts: dict[str, list[int]] = {}
+    for name in cases:
+        prompts[name] = prompts[name.removesuffix(BELOW) + "above"] if name.endswith(BELOW) else prompt()
+    requests = [Request(prompts[name], edits, NEW_TOKENS, prompt_logprobs=True) for name, edits in cases.items()]
+    # Steps of three prompts' tokens, so that prompts are split, at any place, and mixed with decodes.
     engine = {
         "model": str(folder),
         "max_model_len": 256,
@@ -137,25 +151,23 @@ def check(
     check_captures(model, points, requests[0].prompt, run.captures)
     moved: dict[str, float] = {}
     for (name, edits), request, result in zip(cases.items(), requests, run.rounds[0], strict=True):
-        most = check_case(model, tensors, name, Program(edits), request, result, layers)
-        kind = " ".join(word for word in name.split() if word not in SPANS)
+        most = check_case(model, tensors, name, Program(edits), request, result)
+        kind = "random" if name.startswith("random") else name.removesuffix(" above").removesuffix(f" {BELOW}")
         moved[kind] = max(moved.get(kind, 0), most)
     del moved["unsteered"]
-    still = [kind for kind, most in moved.items() if most < 10 * TOLERANCE]
-    # A gate may be closed and a random program do little; all else must move, or this proves nothing.
-    assert all("gate" in kind or kind.startswith("random") for kind in still), f"these moved nothing: {still}"
-    assert len(still) < 0.2 * len(moved), still
+    still = {kind: most for kind, most in moved.items() if most < 5 * TOLERANCE}
+    assert still == {}, "these moved nothing, or hardly anything, which proves nothing"
 
 
 def check_case(
-    model: torch.nn.Module, tensors: Tensors, name: str, program: Program, request: Request, result: Result, layers: int
+    model: torch.nn.Module, tensors: Tensors, name: str, program: Program, request: Request, result: Result
 ) -> float:
     """How far the program moved any log-probability."""
     ids = request.prompt + result.tokens
     found = torch.tensor(result.prompt_logprobs + result.logprobs)
-    expected = torch.tensor(log_probabilities(model, tensors, program, ids, PROMPT_TOKENS))
-    worst = (found - expected).abs().max().item()
-    assert worst < TOLERANCE, f"{name}: log-probabilities differ by {worst}: {program.edits}"
+    expected, margin = log_probabilities(model, tensors, program, ids, PROMPT_TOKENS)
+    worst = (found - torch.tensor(expected)).abs().max().item()
+    assert worst < TOLERANCE or margin < UNDECIDED, f"{name}: log-probabilities differ by {worst}: {program.edits}"
     ran = PROMPT_TOKENS + NEW_TOKENS - 1
     for edit, intervals, touched in zip(program.edits, program.intervals(PROMPT_TOKENS), result.touched, strict=True):
         tokens = sum(min(end, ran) - start for start, end in intervals if start < ran)
@@ -163,7 +175,7 @@ def check_case(
             assert touched == [tokens] * len(edit.layers), name
         else:
             assert all(0 <= each <= tokens for each in touched), name
-    unsteered = torch.tensor(log_probabilities(model, tensors, Program(()), ids, PROMPT_TOKENS))
+    unsteered = torch.tensor(log_probabilities(model, tensors, Program(()), ids, PROMPT_TOKENS)[0])
     return (found - unsteered).abs().max().item()
 
 
