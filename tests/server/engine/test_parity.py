@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ def check(
     env: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
     engine_args: Mapping[str, Any] | None = None,
+    may_rest: Set[str] = frozenset(),
 ) -> None:
     layers, vocabulary = model.config.num_hidden_layers, min(model.config.vocab_size, 5000)
     rng = np.random.default_rng(0)
@@ -156,7 +157,7 @@ def check(
         moved[kind] = max(moved.get(kind, 0), most)
     del moved["unsteered"]
     still = {kind: most for kind, most in moved.items() if most < 5 * TOLERANCE}
-    assert still == {}, "these moved nothing, or hardly anything, which proves nothing"
+    assert still.keys() == may_rest, f"these moved nothing, or hardly anything, which proves nothing: {still}"
 
 
 def check_case(
@@ -201,7 +202,8 @@ def test_every_opcode_point_and_span_equals_transformers(family: str, tmp_path: 
 
 def test_the_demo_model_equals_transformers(smollm2: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    check(model, smollm2, tmp_path, random_programs=0, points=("resid_post",))
+    # Its last prompt token's coefficients lie within the bounds that this one clamps to.
+    check(model, smollm2, tmp_path, 0, points=("resid_post",), may_rest={"resid_post rank 3 last"})
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: apt-get install g++")
