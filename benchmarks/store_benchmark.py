@@ -30,7 +30,7 @@ from environment import environment
 from fastapi import FastAPI
 from safetensors.numpy import save
 
-from server.api import artifact_files, artifacts
+from server.api import artifact_files, artifacts, errors
 from server.api.leases import Leases
 from server.settings import Settings
 from server.version import code_version
@@ -143,22 +143,25 @@ def http(folder: Path, path: Path, content: dict[str, Any]) -> Numbers:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder / "http", temporary, port))
+    server.daemon = True
     server.start()
     assert server.pid is not None
     steps = {}
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1/artifacts/sae/versions", timeout=600) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1/artifacts/sae", timeout=600) as client:
         _until_up(client)
         for step in ("publish", "ranges"):
             before = _reset_peak(server.pid)
             start = time.perf_counter()
             if step == "publish":
                 with path.open("rb") as file:
-                    answer = client.post("", data={"manifest": json.dumps(content)}, files={"f": (path.name, file)})
+                    answer = client.post(
+                        "/versions", data={"manifest": json.dumps(content)}, files={"f": (path.name, file)}
+                    )
                 assert answer.status_code == 201, answer.text
             else:
                 for begin in range(0, path.stat().st_size, RANGE):
                     wanted = {"Range": f"bytes={begin}-{begin + RANGE - 1}"}
-                    answer = client.get(f"/1/files/{path.name}", headers=wanted)
+                    answer = client.get(f"/versions/1/files/{path.name}", headers=wanted)
                     assert answer.status_code == 206, answer.text
             seconds = time.perf_counter() - start
             extra = (_status("VmHWM", server.pid) - before) / 2**20
@@ -176,13 +179,14 @@ def serve(root: Path, temporary: Path, port: int) -> None:
     app.state.polyhelm = SimpleNamespace(store=store, settings=Settings(), leases=Leases(store))
     for module in (artifact_files, artifacts):
         app.include_router(module.router)
+    errors.install(app)
     uvicorn.run(app, port=port, log_level="warning")
 
 
 def _until_up(client: httpx.Client) -> None:
     for _ in range(600):
         try:
-            client.get("/latest")
+            client.get("/versions/latest")
             return
         except httpx.TransportError:
             time.sleep(0.1)
