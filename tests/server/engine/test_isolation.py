@@ -163,6 +163,20 @@ def test_cancellations_and_several_choices_change_nothing(
     assert_as_alone(asked, run, alone)
 
 
+def test_operands_that_had_to_make_room_come_back_as_they_were(
+    model: Path, operands: Operands, alone: dict[str, Result], tmp_path: Path
+) -> None:
+    """Of all kinds: each round's push out those of the rounds before, of which the last ones come again."""
+    requests = shared()[: 2 * len(programs())]
+    asked = [requests[start : start + 6] for start in range(0, len(requests), 6)] * 2
+    needed = [{edit.operand for request in each for edit in request.edits if edit.operand} for each in asked]
+    most = max(sum(4 * len(operands[key][1].data) for key in keys) for keys in needed)
+    engine = {**ENGINE, "model": str(model), "enable_prefix_caching": False}
+    run = run_engine(tmp_path, operands, asked, engine, config={"bank_bytes": int(1.1 * most)}, reload=True)
+    assert run.uploads > 1.5 * len(set().union(*needed)), "hardly any had to make room: this proves little"
+    assert_as_alone(asked, run, alone)
+
+
 def test_edits_behind_the_prompt_share_it_with_unsteered_requests(
     model: Path, operands: Operands, tmp_path: Path
 ) -> None:
