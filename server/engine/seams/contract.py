@@ -59,6 +59,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion": "create_completion",
     },
     "install": {"vllm.config.VllmConfig": "model_config use_v2_model_runner"},
+    "offline": {
+        "vllm.v1.engine.core_client.InprocClient": "engine_core",
+        "vllm.v1.engine.core_client.SyncMPClient": "call_utility",
+        "vllm.v1.engine.llm_engine.LLMEngine": "engine_core",
+    },
     "points": {"vllm.model_executor.layers.linear.RowParallelLinear": "input_size input_size_per_partition"},
     "prefix_key": {"vllm.v1.request.Request": "num_prompt_tokens sampling_params"},
     "probe": {
@@ -104,6 +109,7 @@ CALLED: dict[str, dict[str, str]] = {
         "vllm.v1.engine.core_client.AsyncMPClient._call_utility_async": "self method engine",
     },
     "core": {"vllm.v1.engine.core.EngineCore.collective_rpc": "self method timeout args"},
+    "offline": {"vllm.v1.engine.core_client.SyncMPClient.call_utility": "self method"},
     "frontend": {
         "vllm.v1.engine.async_llm.AsyncLLM.shutdown": "self timeout",
         "vllm.engine.arg_utils.EngineArgs.create_engine_config": "self usage_context",

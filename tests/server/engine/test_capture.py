@@ -313,6 +313,38 @@ def test_the_offline_call_equals_transformers_through_chunks_preemption_and_the_
             for each in found[:2]:
                 assert np.abs(each[f"{point}.{layer}"] - x.numpy()).max() < 1e-3 * scale
             assert np.abs(found[2][f"{point}.{layer}"] - x.mean(0).numpy()).max() < 1e-3 * scale
+    for strength in STRENGTHS:
+        for index, prompt in enumerate(offline_prompts()[:2]):
+            found = safetensors.numpy.load_file(tmp_path / f"steered {strength}-{index}")
+            ids = found["token_ids"].tolist()
+            assert ids[: len(prompt)] == prompt and len(ids) > len(prompt), "steered text may end sooner"
+            for (point, layer), x in steered(model, ids[:-1], strength * direction()).items():
+                scale = x.norm(dim=1).mean().item()
+                assert np.abs(found[f"{point}.{layer}"] - x.numpy()).max() < 1e-3 * scale
+
+
+STRENGTHS = (1.0, -1.0)
+
+
+def direction() -> np.ndarray:
+    return 3 * np.random.default_rng(0).standard_normal(128).astype(np.float32)
+
+
+def steered(model: Any, ids: list[int], vector: np.ndarray) -> dict[tuple[str, int], torch.Tensor]:
+    """What transformers computes with the vector added behind the second layer."""
+    from tests.server.engine.hooks import hooked
+
+    seen = {}
+
+    def at(point: str, layer: int, x: torch.Tensor) -> torch.Tensor:
+        if (point, layer) == ("resid_post", 1):
+            x = x + torch.from_numpy(vector)
+        seen[point, layer] = x.clone()
+        return x
+
+    with torch.no_grad(), hooked(model, ("resid_post", "mlp_act"), at):
+        model(torch.tensor([ids]))
+    return seen
 
 
 def main(folder: Path) -> None:
@@ -324,7 +356,9 @@ def main(folder: Path) -> None:
     }
     from vllm import LLM
 
+    from server.engine.edits import Edit, Program
     from server.engine.offline import activations
+    from server.engine.operands import pack
 
     llm = LLM(
         str(folder / "model"),
@@ -346,6 +380,12 @@ def main(folder: Path) -> None:
         "second": activations(llm, prompts, sites, "all", memory_bytes=4096, **fields),
         "mean": activations(llm, prompts, sites, "mean", **fields),
     }
+    program = Program((Edit("add", "direction", (1,)),))
+    for strength in STRENGTHS:  # under one name each time
+        operand = {"direction": pack({1: {"vector": strength * direction()}})}
+        answers[f"steered {strength}"] = activations(
+            llm, prompts[:2], sites, "all", program=program, operands=operand, **fields
+        )
     for name, answer in answers.items():
         for index, arrays in enumerate(answer):
             safetensors.numpy.save_file(arrays, folder / f"{name}-{index}")
