@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -315,6 +318,61 @@ def test_second_pass_reuses_the_prompt_but_for_its_last_block(server: Server, ar
     complete(server, {"artifact": "vector"}, steering={"mode": "frozen"}, prompt=prompt, max_tokens=2)
     # At least one token always runs, so that of a prompt of whole blocks the last one is run again.
     assert server.metric("vllm:prefix_cache_hits_total") - hits == (tokens - 1) // BLOCK * BLOCK
+
+
+# ---- uploads
+
+BIG = 5
+"""Dense maps of every layer, some 40 MB each."""
+CHUNK = 4 << 20
+"""Bytes that are written between two steps."""
+
+
+def test_a_large_upload_lets_a_running_request_have_a_step_for_each_chunk(server: Server) -> None:
+    hidden, layers = server.capabilities["hidden_size"], server.capabilities["layers"]
+    maps = RNG.standard_normal((layers, hidden, hidden)).astype(np.float32)
+    for index in range(BIG):
+        maps[0, 0, 0] = index
+        publish(server, f"big-{index}", "linear_map", "resid_post", {(n, "matrix"): maps[n] for n in range(layers)})
+    before, _ = progress(server)
+    total, samples = BIG * maps.nbytes, []
+    interventions = [{"artifact": f"big-{index}", "strength": 1e-6} for index in range(BIG)]
+    done = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(keep_one_running, server, done)
+        try:
+            steered = pool.submit(complete, server, *interventions, max_tokens=1)
+            while not steered.done() and not running.done():
+                samples.append(progress(server))
+        finally:
+            done.set()
+        running.result()
+        assert len(steered.result()["steering"]["applied"]) == BIG
+    meanwhile = [(uploaded, tokens) for uploaded, tokens in samples if before < uploaded < before + total]
+    (first, at_first), (last, at_last) = meanwhile[0], meanwhile[-1]
+    chunks = (last - first) / CHUNK
+    assert total > 190e6 and chunks > total / CHUNK / 2, "too little of the upload was seen"
+    assert at_last - at_first > chunks / 2
+
+
+def keep_one_running(server: Server, done: threading.Event) -> None:
+    body = {"model": server.model, "prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    while not done.is_set():
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            for _ in response.iter_lines():
+                if done.is_set():
+                    return
+
+
+def progress(server: Server) -> tuple[float, float]:
+    """Bytes uploaded to the bank, and tokens generated, both of one moment."""
+    lines = server.client.get("/metrics").text.splitlines()
+
+    def value(name: str) -> float:
+        return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{name}[ {{]", line))
+
+    return value("polyhelm_bank_uploaded_bytes_total"), value("vllm:generation_tokens_total")
 
 
 # ---- refusals
