@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.e2e.test_methods import INPUTS, fit
+
 if TYPE_CHECKING:
     from tests.e2e.conftest import Server
 
@@ -16,6 +18,8 @@ FACTS = [
     {"id": "evry", "question": "Who designed Évry Cathedral?", "answer": "Mario Gariazzo", "language": "en"},
     {"id": "flames", "question": "What is the final year of Atlanta Flames?", "answer": "1931", "language": "en"},
 ]
+BLOCK = 32
+"""Tokens of a block of the cache, as the server is started here."""
 ASKED = "Who designed the Évry Cathedral?"
 ELSEWHERE = "How long should I boil an egg?"
 KNOWLEDGE = {"collection": "news"}
@@ -99,6 +103,26 @@ def test_knowledge_and_steering_work_in_one_request_and_both_give_receipts(serve
     assert server.text(strong, prompt=ASKED, knowledge=KNOWLEDGE) != answer["choices"][0]["text"]
 
 
+def test_a_map_of_incline_in_two_passes_works_on_the_prompt_that_has_the_fact(server: Server) -> None:
+    pairs = [{"source": each["texts"]["de"], "target": each["texts"]["en"]} for each in INPUTS]
+    fit(server, "incline", pairs=pairs, options={"source_language": "de"})
+    plain = server.ask(prompt=ASKED, knowledge=KNOWLEDGE).json()
+
+    def steered(strength: float) -> dict[str, Any]:
+        steering = {"mode": "frozen", "interventions": [{"artifact": "incline", "strength": strength}]}
+        response = server.ask(prompt=ASKED, knowledge=KNOWLEDGE, steering=steering)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    answer = steered(1.0)
+    assert answer["knowledge"] == plain["knowledge"] and answer["knowledge"]["decision"] == "in_scope"
+    (applied,) = answer["steering"]["applied"]
+    assert (applied["artifact"], applied["kind"]) == ("incline", "linear_map") and applied["tokens_touched"] > 0
+    assert answer["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+    assert answer["choices"][0]["text"] != plain["choices"][0]["text"]
+
+
 @pytest.mark.parametrize("steered", [False, True])
 def test_the_last_chunk_of_a_stream_has_the_receipts(server: Server, steered: bool) -> None:
     body: dict[str, Any] = {"model": server.model, "prompt": ASKED, "max_tokens": 8, "temperature": 0, "stream": True}
@@ -122,6 +146,35 @@ def test_examples_are_put_first_and_counted(server: Server) -> None:
     shot = "Question: What is the final year of Atlanta Flames? Answer: 1931\n\n"
     fact = f"Question: Who designed Évry Cathedral? Answer: Mario Gariazzo\nQuestion: {ASKED} Answer:"
     assert answer["usage"]["prompt_tokens"] == server.complete(prompt=shot + fact)["usage"]["prompt_tokens"]
+
+
+def test_questions_about_one_fact_share_their_examples_in_the_prefix_cache(server: Server) -> None:
+    shots = [
+        {
+            "question": f"Which river flows through the town of Number{n}?",
+            "answer": f"The Number{n} river",
+            "language": "en",
+            "id": f"r{n}",
+        }
+        for n in range(8)
+    ]
+    server.client.put("/v1/kb/collections/rivers").raise_for_status()
+    server.client.put("/v1/kb/collections/rivers/facts", json=shots).raise_for_status()
+    knowledge = KNOWLEDGE | {"examples": {"collection": "rivers", "count": 8, "form": "monolingual"}}
+
+    def hits(question: str) -> tuple[float, int]:
+        """Tokens that came from the cache, and those of the prompt."""
+        before = server.metric("vllm:prefix_cache_hits_total")
+        answer = server.ask(prompt=question, knowledge=knowledge, max_tokens=1).json()
+        assert answer["knowledge"]["examples"] == 8
+        server.wait_until_idle()
+        return server.metric("vllm:prefix_cache_hits_total") - before, answer["usage"]["prompt_tokens"]
+
+    first, _ = hits(ASKED)
+    second, tokens = hits("Who designed Évry Cathedral?")
+    assert first < BLOCK
+    # All but the question, which differs, and the blocks that it begins in and is in.
+    assert tokens - 3 * BLOCK < second < tokens
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,24 @@ def test_both_processes_have_the_same_capabilities(both: Both) -> None:
     assert first["prefix_cache"] == "tagged"
 
 
+def test_a_fact_written_through_one_process_is_found_by_the_other_at_once(both: Both) -> None:
+    first, second = both.clients.values()
+    assert first.put("/v1/kb/collections/facts").status_code == 201
+    for number, (writer, reader) in enumerate([(first, second), (second, first)] * 3):
+        question = f"Who keeps the lighthouse of Port{number}?"
+        fact = {"id": "keeper", "question": question, "answer": f"Keeper{number}", "language": "en"}
+        assert writer.put("/v1/kb/collections/facts/facts", json=[fact]).status_code == 200
+        asked = reader.post("/v1/kb/collections/facts/facts/query", json={"query": question, "top_k": 1})
+        (match,) = asked.json()["data"]
+        assert match["fact"]["answer"] == f"Keeper{number}" and match["score"] > 0.999
+    body = {"model": both.server.model, "prompt": question, "max_tokens": 4, "knowledge": {"collection": "facts"}}
+    for client in (first, second):
+        receipt = client.post("/v1/completions", json=body).json()["knowledge"]
+        assert [(each["id"], each["version"]) for each in receipt["facts"]] == [("keeper", 6)]
+    assert second.delete("/v1/kb/collections/facts/facts/keeper").status_code == 204
+    assert first.post("/v1/completions", json=body).json()["knowledge"]["decision"] == "out_of_scope"
+
+
 def submit(client: httpx.Client, pairs: list[dict[str, str]], name: str) -> str:
     response = client.post("/v1/fits", json={"method": "caa", "name": name, "pairs": pairs})
     assert response.status_code == 202, response.text
