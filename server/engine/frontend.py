@@ -48,6 +48,9 @@ def parse_args(model: ResolvedModel, settings: Settings, extra: Sequence[str]) -
     if on_cpu:
         # GiB of KV cache. vLLM's own default takes half of the machine's memory.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # Seconds that an idle connection stays open: longer than gateways and clients keep theirs (nginx 60, httpx 5), so
+    # that they close it first. vLLM's 5 broke requests that were sent just when the server closed.
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
     os.environ[ENABLED] = "1"
     os.environ[PREFIX_CACHE] = settings.prefix_cache
     defaults = ["--model", model.path, "--served-model-name", model.name]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -419,3 +421,15 @@ def test_concurrent_mixed_streams_each_get_their_own_steering(server: Server) ->
     texts = [{text for text, _ in results[kind :: len(kinds)]} for kind in range(len(kinds))]
     assert sum(len(each) for each in texts) == len(set.union(*texts))
     server.wait_until_idle()
+
+
+def test_an_idle_connection_stays_open_longer_than_clients_keep_it(server: Server) -> None:
+    where = httpx.URL(server.base_url)
+    connection = http.client.HTTPConnection(where.host, where.port, timeout=60)
+    connection.auto_open = 0  # a closed connection is an error, not silently a new one
+    with closing(connection):
+        connection.connect()
+        for pause in (6, 0):
+            connection.request("GET", "/livez")
+            assert connection.getresponse().read() is not None
+            time.sleep(pause)

@@ -15,7 +15,7 @@ import pytest
 from server.engine.edits import POINTS, Edit
 from tests.server.engine.child import Request, Run, run_engine
 from tests.server.engine.programs import by_point, random_program
-from tests.server.engine.test_isolation import LAYERS, Operands
+from tests.server.engine.test_isolation import LAYERS, Operands, disturbed
 from tests.server.engine.test_isolation import model as model
 from tests.server.engine.test_isolation import operands as operands
 from tests.server.engine.test_parity import TOLERANCE
@@ -39,14 +39,20 @@ def programs() -> list[tuple[Edit, ...]]:
 
 
 def rounds() -> list[list[Request]]:
-    """Prompts of their own, in chunks; then one prompt for all, so that blocks are shared."""
+    """Prompts of their own, in chunks; then one prompt for all, so that blocks are shared; then the first ones again,
+    some of them aborted. Two choices need a sampling kernel of vLLM that the interpreter can't run.
+    """
     rng = np.random.default_rng(0)
     own = [
         Request(rng.integers(3, 150, 6 + 3 * index).tolist(), edits, NEW_TOKENS)
         for index, edits in enumerate(programs())
     ]
     shared = rng.integers(3, 150, BLOCK + 1).tolist()
-    return [own, [Request(shared, edits, NEW_TOKENS) for edits in programs()]]
+    return [
+        own,
+        [Request(shared, edits, NEW_TOKENS) for edits in programs()],
+        [each._replace(choices=1) for each in disturbed(own)],
+    ]
 
 
 def test_kernels_equal_the_op_on_a_cpu(model: Path, operands: Operands, tmp_path: Path) -> None:
@@ -59,8 +65,11 @@ def test_kernels_equal_the_op_on_a_cpu(model: Path, operands: Operands, tmp_path
         assert runs[name].runner == name
     different = {tuple(result.tokens) for result in runs["V1"].rounds[1]}
     assert len(different) >= 7, "too many programs change nothing: this would prove little"
+    assert all(any(result.aborted for result in run.rounds[2]) for run in runs.values())
     for ours, others in zip(runs["V2"].rounds, runs["V1"].rounds, strict=True):
         for result, other in zip(ours, others, strict=True):
+            if result.aborted or other.aborted:
+                continue
             assert result.tokens == other.tokens
             np.testing.assert_allclose(result.logprobs, other.logprobs, atol=TOLERANCE)
             assert (result.touched, result.cached) == (other.touched, other.cached)
