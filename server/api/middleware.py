@@ -113,7 +113,7 @@ def check_json(body: bytes) -> None:
     """Raise ApiError 400 for a body that isn't UTF-8, or whose arrays and objects lie too deep in one another."""
     # Python's parser reads UTF-16 and UTF-32 too, in which nothing here would find a field by its name.
     if b"\0" in body[:4] or not _is_utf8(body):
-        raise ApiError(400, "the body isn't UTF-8: send JSON in UTF-8")
+        raise ApiError(400, "the body isn't UTF-8: this address takes JSON in UTF-8")
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return
     brackets = np.frombuffer(_STRINGS.sub(b"", body).translate(None, _NO_BRACKETS), np.uint8)

@@ -316,7 +316,7 @@ def test_manifest_that_is_not_json_is_422(server: Server) -> None:
 
 def test_pickle_is_415(server: Server) -> None:
     response = server.send_artifact("refused", server.manifest(), {"vectors.pt": b"\x80\x04."})
-    assert_refused(response, 415, "files", "pickle", "save_file")
+    assert_refused(response, 415, "files", "pickle", "polyhelm artifact convert")
 
 
 @pytest.mark.parametrize("path", ["../../evil.safetensors", "/etc/evil.safetensors", "a/../evil.safetensors"])
@@ -328,11 +328,12 @@ def test_file_name_that_leaves_the_artifact_is_422(server: Server, path: str) ->
 
 @pytest.mark.parametrize(
     ("name", "status", "param"),
-    [("%2e%2e", 422, "name"), ("a..b", 422, "name"), ("Upper", 422, "name"), ("a%2F..%2Fb", 404, None)],
+    # A name with a slash is the address of nothing, and so of nothing that takes files.
+    [("%2e%2e", 422, "name"), ("a..b", 422, "name"), ("Upper", 422, "name"), ("a%2F..%2Fb", 400, None)],
 )
 def test_publishing_under_a_bad_name_is_refused(server: Server, name: str, status: int, param: str | None) -> None:
     response = server.send_artifact(name, server.manifest(), {FILE: save(server.vectors(4))})
-    assert_refused(response, status, param, "not allowed: use" if param else "Not Found")
+    assert_refused(response, status, param, "not allowed: use" if param else "takes JSON")
 
 
 def test_publishing_without_multipart_is_415(server: Server) -> None:
@@ -417,7 +418,7 @@ def test_unknown_fit_is_404(server: Server, method: str, fit_id: str) -> None:
 def test_malformed_json_is_refused(server: Server, path: str, status: int, word: str, body: bytes) -> None:
     response = server.client.post(path, content=body, headers=JSON)
     if not body.isascii():
-        status, word = 400, "send JSON in UTF-8"
+        status, word = 400, "JSON in UTF-8"
     assert response.status_code == status, response.text
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
     assert word in response.json()["error"]["message"]

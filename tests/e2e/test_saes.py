@@ -98,7 +98,10 @@ def test_lf_steering_acts_on_its_features_without_being_told_which(
 
 
 def test_expertsteer_loads_a_listed_model_and_no_other(server: Server, reviews: list[dict[str, str]]) -> None:
-    texts = [{"text": pair[side], "label": side} for pair in reviews[:12] for side in ("positive", "negative")]
+    # Without the full stop, which would make all first layers' last states the same.
+    texts = [
+        {"text": pair[side].rstrip(" .!?"), "label": side} for pair in reviews[:12] for side in ("positive", "negative")
+    ]
     manifest = fit(server, "expertsteer", "expert", texts=texts, options={"expert": "smollm2", "pairs": 2})
     assert len(manifest["provenance"]["config"]["layer_pairs"]) == 2
     content = server.client.get("/v1/artifacts/expert/versions/latest/files/vectors.safetensors").content

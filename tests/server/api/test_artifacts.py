@@ -254,7 +254,7 @@ def test_publishing_under_a_bad_name_creates_nothing(client: TestClient, tmp_pat
 @pytest.mark.parametrize("path", ["vectors__pt", "vectors__bin", "vectors__pkl"])
 def test_pickle_is_415_with_the_remedy(client: TestClient, path: str) -> None:
     response = publish(client, **{path: b"\x80\x04."})
-    assert_refused(response, 415, "UnsupportedMediaType", "files", "pickle", "save_file")
+    assert_refused(response, 415, "UnsupportedMediaType", "files", "pickle", "polyhelm artifact convert")
 
 
 def test_pickle_named_safetensors_is_415(client: TestClient) -> None:

@@ -59,8 +59,8 @@ TINY = {
 }
 BELOW = "below"
 """Of a gate and its twin, with one prompt, one is open wherever the other is closed."""
-SEED = int(os.environ.get("PARITY_SEED") or random.SystemRandom().randrange(1 << 32))
-"""Of the random programs: others in every run, so that all runs together cover more. A failure shows it."""
+SEED = int(os.environ.get("PARITY_SEED", "0"))
+"""Of the random programs. Another one tries others."""
 UNDECIDED = 3e-5
 """Nearer to a threshold, as a cosine, the engine's rounding may fall on its other side."""
 SPANS = {"all": Span(), "last": LAST, "window": Span(False, False, prompt_window=(4, 9), generation_window=(3, 12))}
@@ -125,7 +125,6 @@ def check(
         there = layers_at(point, layers)
         typical, width = clean[point, there[len(there) // 2]].square().mean().sqrt().item(), clean[point, 0].shape[1]
         tensors |= {f"{point}-{key}": v for key, v in tensors_for(len(there), width, typical, len(tensors)).items()}
-    print(f"PARITY_SEED={SEED}")
     cases = {f"{point} {name}": edits for point in points for name, edits in programs(point, layers).items()}
     dice = random.Random(SEED)
     for index in range(random_programs):
@@ -196,6 +195,9 @@ def test_every_opcode_point_and_span_equals_transformers(family: str, tmp_path: 
     # Gemma 2 caps its attention scores, which only transformers' eager attention does.
     config = TINY[family]()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    if config.tie_word_embeddings:
+        # Each token would all but surely predict itself, whatever is done to it: signs in the last norm undo that.
+        torch.nn.init.normal_(model.model.norm.weight, mean=-1)
     model.save_pretrained(tmp_path / "model")
     check(model, tmp_path / "model", tmp_path, random_programs=40)
 
