@@ -20,8 +20,8 @@ Interventions scale m_j, x_j *= 1 + s w_j, and so are neuron sets with weights w
 
 The paper's neurons are the non-linearity's output in BLOOM. In a gated MLP, down-projection input and non-linearity
 differ: act(gate) decides whether a neuron is active, act(gate) up is what is written. The engine captures the latter
-(`mlp_act`), whose sign also has that of `up`. `Tally.add` takes both; given the written values alone it uses these for
-both.
+(`mlp_act`), whose sign also has that of `up`; methods/gated_mlp.py works out the gates. `Tally.add` takes both; given
+the written values alone it uses these for both.
 """
 
 from __future__ import annotations
@@ -68,11 +68,16 @@ def effective(values: Array, down: Array, answer: Array) -> Array:
 
 @dataclass(frozen=True)
 class Report:
-    """Per layer, averaged over inputs: `share` and `share_range` (lowest and highest of the inputs) of all neurons in
+    """What a `Tally` says.
+
+    Per layer, averaged over inputs: `share` and `share_range` (lowest and highest of the inputs) of all neurons in
     each category [categories, layers] and [2, categories, layers]; `active` [languages, layers], the share active in
     each language. Averaged over inputs and languages: `top_share`, of the neurons with the largest contribution, and
     `contribution`, of the sum of all contributions, in each category [categories, layers]. `repeating`: the share of
     neurons that are in a category for all inputs [categories, layers].
+
+    `contribution_scores` and, where they were given, `effective_scores`: mean, largest and smallest of a category's in
+    all inputs and languages [3, categories, layers]; nan where it was always empty.
     """
 
     inputs: int
@@ -82,6 +87,30 @@ class Report:
     top_share: Array
     contribution: Array
     repeating: Array
+    contribution_scores: Array
+    effective_scores: Array | None
+
+
+class _Scores:
+    """Mean, largest and smallest of scores by category, over inputs."""
+
+    def __init__(self, layers: int) -> None:
+        shape = len(CATEGORIES), layers
+        self._sum, self._count = np.zeros(shape), np.zeros(shape)
+        self._high, self._low = np.full(shape, -np.inf), np.full(shape, np.inf)
+
+    def add(self, scores: npt.NDArray[np.float64], within: npt.NDArray[np.bool_]) -> None:
+        """Of one input, [languages, layers, neurons], and which neurons each category has [categories, ...]."""
+        for index, mask in enumerate(within):
+            self._sum[index] += (scores * mask).sum(axis=(0, 2))
+            self._count[index] += len(scores) * mask.sum(axis=1)
+            self._high[index] = np.maximum(self._high[index], np.where(mask, scores, -np.inf).max(axis=(0, 2)))
+            self._low[index] = np.minimum(self._low[index], np.where(mask, scores, np.inf).min(axis=(0, 2)))
+
+    def table(self) -> Array:
+        found = self._count > 0
+        mean = self._sum / np.maximum(self._count, 1)
+        return _float32(np.stack([np.where(found, each, np.nan) for each in (mean, self._high, self._low)]))
 
 
 class Tally:
@@ -99,15 +128,21 @@ class Tally:
         self._share, self._low, self._high = np.zeros(shape), np.ones(shape), np.zeros(shape)
         self._top, self._contribution = np.zeros(shape), np.zeros(shape)
         self._active: npt.NDArray[np.float64] | None = None
+        self._contributions, self._effects = _Scores(self.layers), _Scores(self.layers)
+        self._has_effects = False
 
-    def add(self, written: Array, gates: Array | None = None) -> npt.NDArray[np.int8]:
-        """One input: what the neurons write [languages, layers, neurons], and the values whose sign says which are
-        active, `written` unless given. Returns the categories [layers, neurons]. ValueError for another shape, or
-        another number of languages than before.
+    def add(self, written: Array, gates: Array | None = None, effects: Array | None = None) -> npt.NDArray[np.int8]:
+        """One input: what the neurons write [languages, layers, neurons], the values whose sign says which are active,
+        `written` unless given, and the `effective` scores, of all inputs or of none. Returns the categories [layers,
+        neurons]. ValueError for another shape, or another number of languages than before.
         """
         signs = written if gates is None else gates
         if written.shape[1:] != self.norms.shape or signs.shape != written.shape:
             raise ValueError(f"need [languages, {self.layers}, {self.neurons}], got {written.shape} and {signs.shape}")
+        if effects is not None and effects.shape != written.shape:
+            raise ValueError(f"need effects {written.shape}, got {effects.shape}")
+        if self.inputs and self._has_effects != (effects is not None):
+            raise ValueError("effects are those of all inputs or of none")
         active = signs > self.threshold
         found = categories(active)
         if self._active is None:
@@ -123,6 +158,10 @@ class Tally:
         self._share += share
         self._low, self._high = np.minimum(self._low, share), np.maximum(self._high, share)
         self._active += active.mean(axis=2)
+        self._contributions.add(scores, within)
+        if effects is not None:
+            self._has_effects = True
+            self._effects.add(effects.astype(np.float64), within)
         total = np.maximum(scores.sum(axis=2), np.finfo(np.float64).tiny)
         for index, mask in enumerate(within):
             chosen = np.take_along_axis(np.broadcast_to(mask, scores.shape), best, axis=2)
@@ -143,6 +182,8 @@ class Tally:
             top_share=_float32(self._top / n),
             contribution=_float32(self._contribution / n),
             repeating=_float32((self.counts == n).mean(axis=2)),
+            contribution_scores=self._contributions.table(),
+            effective_scores=self._effects.table() if self._has_effects else None,
         )
 
     def members(self, category: Category, share: float = 0.5) -> list[Integers]:

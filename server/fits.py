@@ -113,6 +113,7 @@ async def run_fit(
         lambda ids: engine.tokenizer.decode(ids),
         expert,
         identity["weights_digest"],
+        engine.model_path,
     )
     fit = _Fit(engine, identity, created_at, context, again=spec.tune is not None)
     if spec.tune is None:

@@ -104,7 +104,7 @@ def model_identity(path: str) -> ModelIdentity:
 
     Weights without recorded digests are read in full: about a second per gigabyte.
     """
-    folder = _local_folder(path)
+    folder = local_folder(path)
     if folder is None or not (folder / "config.json").is_file():
         return ModelIdentity(
             architecture=None,
@@ -135,7 +135,8 @@ def _revision(folder: Path) -> str | None:
     return folder.name if is_snapshot else None
 
 
-def _local_folder(path: str) -> Path | None:
+def local_folder(path: str) -> Path | None:
+    """Where a model's files are: the folder itself, or a hub id's snapshot in the local cache; None without one."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download

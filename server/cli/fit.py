@@ -134,6 +134,10 @@ def shared_neurons(
         str | None,
         typer.Option(envvar="POLYHELM_FORM", help="category (the default), or clas: more partial, less specific."),
     ] = None,
+    active: Annotated[
+        str | None,
+        typer.Option(envvar="POLYHELM_ACTIVE", help="By the sign of its gate (the default), or of what is written."),
+    ] = None,
     category: Annotated[
         str | None,
         typer.Option(
@@ -158,6 +162,7 @@ def shared_neurons(
     """The neurons that languages share, or don't, to deactivate or to scale."""
     return {
         "form": form,
+        "active": active,
         "category": category,
         "share": share,
         "threshold": threshold,

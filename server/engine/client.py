@@ -158,6 +158,11 @@ class Engine:
         return self.client.model_config.served_model_name
 
     @property
+    def model_path(self) -> str:
+        """The folder or hub id that the weights were loaded from."""
+        return self.client.model_config.model
+
+    @property
     def tokenizer(self) -> Any:
         return self.client.get_tokenizer()
 

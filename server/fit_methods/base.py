@@ -148,7 +148,8 @@ class Context:
     `progress` is for fits that take minutes; an exception of it ends the fit. `work` is a folder of the fit's own: what
     it keeps there, it finds when it runs again after an interruption. `decode` makes text of token ids. `expert` finds
     the folder or hub id of another model that this server may load, and raises FitError for one that it may not.
-    `weights` is the digest of the served model's weights, None where it is unknown.
+    `weights` is the digest of the served model's weights, None where it is unknown; `model_path` the folder or hub id
+    that they were loaded from.
     """
 
     model: ModelShape
@@ -158,6 +159,7 @@ class Context:
     decode: Callable[[Sequence[int]], str]
     expert: Callable[[str], str]
     weights: str | None
+    model_path: str
 
 
 Steps = Generator[Capture, Activations, Fitted]

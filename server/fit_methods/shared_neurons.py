@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
 from methods import shared_neurons
+from methods.gated_mlp import disagreement
 from server.fit_methods.base import (
     Activations,
+    Array,
+    Capture,
+    Context,
     DataText,
     FitError,
     Fitted,
-    ModelShape,
-    OnePassSpec,
+    MethodSpec,
     Options,
     Part,
-    Progress,
+    Steps,
     Tensor,
     Text,
     Wanted,
 )
+from server.model_weights import Mlps, UnknownWeights
 from steering_store.manifest import Language, Role
+
+DISAGREEMENT = 0.1
+"""Between the down projection's input as it was captured and as it is worked out: more than bfloat16 makes of it."""
 
 
 class Parallel(Part):
@@ -32,9 +39,12 @@ class Parallel(Part):
 
 
 class SharedNeuronsOptions(Options):
-    """`control`: the seed of a random set of the same size in each layer, in place of the category's own neurons."""
+    """`active`: by the sign of what tells whether a neuron is active, its gate, or what it writes. `control`: the seed
+    of a random set of the same size in each layer, in place of the category's own neurons.
+    """
 
     form: Literal["category", "clas"] = "category"
+    active: Literal["gate", "written"] = "gate"
     category: shared_neurons.Category = "all_shared"
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0
@@ -61,7 +71,17 @@ class SharedNeuronsOptions(Options):
         return 1.0 if self.form == "clas" else -1.0
 
 
-class SharedNeuronsSpec(OnePassSpec):
+class Opened(NamedTuple):
+    """Of all texts, `gates` [texts, layers, neurons]; `writes` [layers, neurons], the length of what a neuron adds to
+    the residual stream when it is 1; and by how much what is worked out differs from what was captured, at most.
+    """
+
+    gates: Array
+    writes: Array
+    error: float
+
+
+class SharedNeuronsSpec(MethodSpec):
     data_field = "inputs"
     method: Literal["shared_neurons"] = "shared_neurons"
     inputs: Annotated[list[Parallel], Field(min_length=1)]
@@ -83,15 +103,20 @@ class SharedNeuronsSpec(OnePassSpec):
             for language in order
         ]
 
-    def wanted(self) -> Wanted:
-        return Wanted(("mlp_act",), "last")
+    def captures(self) -> list[Capture]:
+        beside = ("resid_post", "resid_pre", "attn_out") if self.options.active == "gate" else ()
+        return [Capture(tuple(self.texts()), Wanted(("mlp_act", *beside), "last"))]
 
-    def fit(self, activations: Activations, model: ModelShape, progress: Progress) -> Fitted:
-        x, options = activations.pooled["mlp_act"], self.options
+    def steps(self, context: Context) -> Steps:
+        activations = yield self.captures()[0]
+        written, options = activations.pooled["mlp_act"], self.options
+        opened = _opened(activations, context.model_path) if options.active == "gate" else None
+        writes = np.ones(written.shape[1:], np.float32) if opened is None else opened.writes
+        tally = shared_neurons.Tally(writes, options.threshold, min(shared_neurons.TOP, written.shape[2]))
         languages = list(self.inputs[0].texts)
-        tally = shared_neurons.Tally(np.ones(x.shape[1:], np.float32), options.threshold, top=1)
-        for start in range(0, len(x), len(languages)):
-            tally.add(x[start : start + len(languages)])
+        for start in range(0, len(written), len(languages)):
+            those = slice(start, start + len(languages))
+            tally.add(written[those], None if opened is None else opened.gates[those])
         tensors = _clas(tally, options) if options.form == "clas" else _category(tally, options)
         layers = sorted({layer for layer, _ in tensors})
         if not layers:
@@ -99,25 +124,63 @@ class SharedNeuronsSpec(OnePassSpec):
         if missing := sorted(set(options.default_layers or ()) - set(layers)):
             raise FitError("options.default_layers", f"no neuron was chosen at layers {missing}, only at {layers}")
         report = tally.report()
+        metrics = {
+            **_by_category("", report.share),
+            **_by_layer("share", report.share),
+            "neurons": float(sum(tensor.size for (_, role), tensor in tensors.items() if role is None)),
+        }
+        if opened is not None:
+            metrics |= _by_category("contribution.", report.contribution)
+            metrics |= _by_layer("contribution", report.contribution) | _by_layer("top_share", report.top_share)
+            metrics["gates_error"] = opened.error
         return Fitted(
             kind="neuron_set",
             point="mlp_act",
             tensors=tensors,
             default_strength=options.strength,
             default_layers=options.default_layers or layers,
-            config=options.model_dump(exclude={"default_layers", "default_strength"}) | {"languages": languages},
-            metrics={
-                **dict(zip(shared_neurons.CATEGORIES, map(float, report.share.mean(axis=1)), strict=True)),
-                **{
-                    f"share.{category}.{layer}": float(share)
-                    for category, shares in zip(shared_neurons.CATEGORIES, report.share, strict=True)
-                    for layer, share in enumerate(shares)
-                },
-                "neurons": float(sum(tensor.size for (_, role), tensor in tensors.items() if role is None)),
-            },
+            config=options.model_dump(exclude={"default_layers", "default_strength"})
+            | {"languages": languages, "gated": opened is not None},
+            metrics=metrics,
             languages=languages,
             seed=options.control,
         )
+
+
+def _opened(activations: Activations, model: str) -> Opened | None:
+    """None for a model whose MLPs have no gates: there what a neuron writes is its non-linearity's output. FitError
+    where the gates can't be worked out, or wouldn't be those that the engine has.
+    """
+    written, after = activations.pooled["mlp_act"], activations.pooled["resid_post"]
+    gates, writes, error = np.empty_like(written), np.empty(written.shape[1:], np.float32), 0.0
+    try:
+        if not (mlps := Mlps(model)).gated:
+            return None
+        for layer in range(written.shape[1]):
+            mlp = mlps.layer(layer)
+            stream = after[:, layer - 1] if layer else activations.pooled["resid_pre"][:, 0]
+            gates[:, layer], worked_out = mlp(stream, activations.pooled["attn_out"][:, layer])
+            writes[layer] = mlp.writes
+            error = max(error, disagreement(worked_out, written[:, layer]))
+            if error > DISAGREEMENT:
+                raise UnknownWeights(f"layer {layer} is built otherwise: what its neurons write differs by {error:.0%}")
+    except UnknownWeights as reason:
+        remedy = "use written, the sign of what a neuron writes, which isn't the paper's"
+        raise FitError("options.active", f"the neurons' gates can't be worked out: {reason}; {remedy}") from reason
+    return Opened(gates, writes, error)
+
+
+def _by_category(prefix: str, shares: Array) -> dict[str, float]:
+    means = map(float, shares.mean(axis=1))
+    return dict(zip((f"{prefix}{category}" for category in shared_neurons.CATEGORIES), means, strict=True))
+
+
+def _by_layer(name: str, shares: Array) -> dict[str, float]:
+    return {
+        f"{name}.{category}.{layer}": float(share)
+        for category, by_layer in zip(shared_neurons.CATEGORIES, shares, strict=True)
+        for layer, share in enumerate(by_layer)
+    }
 
 
 def _category(tally: shared_neurons.Tally, options: SharedNeuronsOptions) -> dict[tuple[int, Role | None], Tensor]:

@@ -44,6 +44,7 @@ def by_hand(inputs: list[np.ndarray], theta: float) -> dict[str, np.ndarray]:
     share = np.zeros((4, LAYERS))
     top = np.zeros((4, LAYERS))
     contribution = np.zeros((4, LAYERS))
+    scores: dict[tuple[int, int], list[float]] = {}
     for m in inputs:
         for layer in range(LAYERS):
             kind = {}
@@ -56,8 +57,12 @@ def by_hand(inputs: list[np.ndarray], theta: float) -> dict[str, np.ndarray]:
                 for j in sorted(score, key=lambda j: -score[j])[:TOP]:
                     top[kind[j], layer] += 1 / TOP / LANGUAGES / len(inputs)
                 for j, value in score.items():
+                    scores.setdefault((kind[j], layer), []).append(value)
                     contribution[kind[j], layer] += value / sum(score.values()) / LANGUAGES / len(inputs)
-    return {"share": share, "top_share": top, "contribution": contribution}
+    table = np.full((3, 4, LAYERS), np.nan)
+    for (category, layer), values in scores.items():
+        table[:, category, layer] = np.mean(values), max(values), min(values)
+    return {"share": share, "top_share": top, "contribution": contribution, "contribution_scores": table}
 
 
 @pytest.mark.parametrize("theta", [0.0, 0.2, 0.5])
@@ -119,6 +124,25 @@ def test_contribution_and_effective_score_are_what_a_neuron_writes() -> None:
         shared_neurons.contributions(values[None], norms)[0], [np.linalg.norm(w) for w in writes]
     )
     np.testing.assert_allclose(shared_neurons.effective(values, down, answer), [answer @ w for w in writes])
+
+
+def test_effective_scores_are_reported_by_category() -> None:
+    rng = np.random.default_rng(0)
+    made, found = Tally(NORMS, top=TOP), []
+    for seed in range(3):
+        effects = rng.standard_normal((LANGUAGES, LAYERS, NEURONS)).astype(np.float32)
+        made.add(planted(seed), effects=effects)
+        found.append(effects)
+    table = made.report().effective_scores
+    assert table is not None
+    for category, neurons in enumerate((ALL, PARTIAL, SPECIFIC, NEVER)):
+        those = np.stack(found)[:, :, 1, list(neurons)]
+        np.testing.assert_allclose(table[:, category, 1], [those.mean(), those.max(), those.min()], rtol=1e-5)
+    assert tally(planted(0)).report().effective_scores is None
+    with pytest.raises(ValueError, match="of all inputs or of none"):
+        made.add(planted(3))
+    with pytest.raises(ValueError, match="need effects"):
+        made.add(planted(3), effects=found[0][:, :1])
 
 
 def test_the_control_is_as_large_in_each_layer_and_decided_by_its_seed() -> None:

@@ -42,7 +42,7 @@ class FakeEngine:
 
     layers, hidden_size, max_model_len, heads = LAYERS, HIDDEN, 64, 2
     captures = None
-    model_name, architecture = "fake", "FakeForCausalLM"
+    model_name, architecture, model_path = "fake", "FakeForCausalLM", "nowhere to be found"
 
     def __init__(self) -> None:
         self.alive = True

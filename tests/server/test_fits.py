@@ -122,7 +122,7 @@ COMPLETE: dict[str, tuple[dict[str, list[Any]], dict[str, Any]]] = {
     "incline": ({"pairs": TRANSLATED}, {"source_language": "sw", "prior": "mean"}),
     "shared_neurons": (
         {"inputs": [{"texts": {"en": f"news {i}", "sw": f"habari {i}"}} for i in range(4)]},
-        {"share": 0.25},
+        {"share": 0.25, "active": "written"},
     ),
     "sae": ({"texts": PASSAGES}, {"layer": 1, "examples": 0} | TRAINING),
     "lf_steering": (
