@@ -48,7 +48,11 @@ class SaeExamplesSpec(MethodSpec):
             tensors=tensors(sae, layer),
             default_strength=manifest.default_strength,
             default_layers=[layer],
-            config={**manifest.provenance.config, "sae": f"{version.name}@{version.digest}"},
+            config={
+                **manifest.provenance.config,
+                "sae": f"{version.name}@{version.digest}",
+                "examples": self.options.examples,
+            },
             metrics=manifest.metrics,
             activation=manifest.activation,
             parents=[version.digest],

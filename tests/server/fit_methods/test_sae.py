@@ -171,6 +171,25 @@ def test_examples_are_added_to_a_published_sae_and_its_labels_stay(
     np.testing.assert_array_equal(loaded(folder, shown).encoder, loaded(folder, version).encoder)
 
 
+def test_what_examples_were_made_from_is_in_the_manifest(trained: tuple[Path, ArtifactVersion]) -> None:
+    folder, version = trained
+    data = {"texts": passages(20), "data": {"name": "letters", "license": "CC0-1.0"}}
+    shown = publish(folder, Atomic(), "sae_examples", data, sae=version.ref, examples=3)
+    manifest, own = Store(folder / "store").resolve(shown.ref).manifest, version.manifest
+    provenance = manifest.provenance
+    assert provenance.method == "sae_examples" and provenance.parents == [version.digest]
+    # What it was trained with stays, and what is new is said.
+    decisive = {"sae": f"{version.name}@{version.digest}", "examples": 3}
+    assert provenance.config == own.provenance.config | decisive and provenance.config["steps"] == TRAINING["steps"]
+    spec = parse_spec({"method": "sae_examples", "name": "x", "options": {"sae": "x"}} | data)
+    assert provenance.data is not None and own.provenance.data is not None
+    assert (provenance.data.name, provenance.data.license, provenance.data.rows) == ("letters", "CC0-1.0", 20)
+    assert provenance.data.sha256 == spec.data_digest() != own.provenance.data.sha256
+    assert provenance.code_version == own.provenance.code_version and provenance.created_at
+    assert (manifest.metrics, manifest.activation, manifest.model) == (own.metrics, own.activation, own.model)
+    assert manifest.labels == "labels.jsonl" and str(LAYER) in {str(layer) for layer in manifest.h_norm}
+
+
 def contrasts(letter: str = "q", count: int = 12) -> list[dict[str, str]]:
     """The right prompts end with the letter, the wrong ones with others."""
     stems = [each["text"][:9] for each in passages(count)]
