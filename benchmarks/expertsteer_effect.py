@@ -9,7 +9,8 @@ layers; `least_squares`, the map from the expert's states to the target's; `self
 Reported is what steering at every token changes of the target's log-probability of sentences in the language, nats a
 token. Epsilon is chosen on lines 601 to 624 and reported on later ones, with intervals over sentences; 0 isn't among
 the choices, so that a vector that only harms shows. English sentences say what it costs. Writes
-results/expertsteer_effect.json and a section of docs/results.md; captured states and the LoRA are kept in --work.
+results/expertsteer_effect.json and a section of docs/results.md. Captured states, the LoRA, fits and scores are kept in
+--work, where an interrupted run goes on.
 
     POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/expertsteer_effect.py --target polyhelm-data/models/smollm2 \\
         --expert polyhelm-data/models/gemma3-270m --work WORK
@@ -22,17 +23,20 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from environment import describe, environment
+from kept import Kept
 from results_page import publish
 from spread import paired
 
 from methods import expertsteer
 from methods.expertsteer import Config, Fit
+from server.models import model_identity
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 PAIRS, TEXTS_FOR_INFORMATION = 3, 150
@@ -88,7 +92,22 @@ def _train(model: Path, texts: list[str], steps: int, folder: Path, report: Path
     report.write_text(json.dumps(found | {"seconds": time.monotonic() - started}), "utf-8")
 
 
-def fitted(options: argparse.Namespace) -> tuple[dict[str, Fit], dict[str, dict[int, np.ndarray]], dict[str, Any]]:
+def plain_fit(make: Callable[[], Fit]) -> dict[str, Any]:
+    """A fit as JSON can hold it, and its seconds."""
+    started = time.monotonic()
+    found = make()
+    return {
+        "seconds": time.monotonic() - started,
+        "vectors": {str(layer): vector.tolist() for layer, vector in sorted(found.vectors.items())},
+        "pairs": [pair._asdict() for pair in found.pairs],
+        "unexplained": found.unexplained.tolist(),
+        "correlations": {str(layer): float(value) for layer, value in found.correlations.items()},
+    }
+
+
+def fitted(
+    options: argparse.Namespace, kept: Kept
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[int, np.ndarray]], dict[str, Any]]:
     """The fits, the vectors of all arms by layer, and what the LoRA's training says."""
     count, foreign, english = options.texts, lines(options.data, options.language), lines(options.data, "eng")
     prefix = f"{options.language}.{count}"
@@ -101,26 +120,30 @@ def fitted(options: argparse.Namespace) -> tuple[dict[str, Fit], dict[str, dict[
     gemma, own = states(options.expert, options.expert.name), states(options.target, options.target.name)
     taught = states(adapted, adapted.name)
     config = Config(pairs=PAIRS, mutual_information_texts=TEXTS_FOR_INFORMATION)
-    fits, seconds = {}, {}
-    for name, make in {
+    makers = {
         "expert": lambda: expertsteer.fit(*gemma, own[0], config),
         "least_squares": lambda: expertsteer.fit(*gemma, own[0], replace(config, alignment="least_squares")),
         "self": lambda: expertsteer.self_expert(*own, config),
         "lora": lambda: expertsteer.fit(*taught, own[0], config),
-    }.items():
-        started = time.monotonic()
-        fits[name] = make()
-        seconds[name] = time.monotonic() - started
-        print(f"{name}: {fits[name].pairs}, {seconds[name]:.0f} s", flush=True)
-    vectors = {name: found.vectors for name, found in fits.items()}
-    vectors["random"] = expertsteer.random_vectors(fits["expert"].vectors, 0)
-    vectors["lora_random"] = expertsteer.random_vectors(fits["lora"].vectors, 0)
-    return fits, vectors, {"lora": report, "fit_seconds": seconds}
+    }
+    fits = {name: kept.part(f"fit {name}", lambda make=make: plain_fit(make)) for name, make in makers.items()}
+    vectors = {
+        name: {int(layer): np.array(vector, np.float32) for layer, vector in found["vectors"].items()}
+        for name, found in fits.items()
+    }
+    vectors["random"] = expertsteer.random_vectors(vectors["expert"], 0)
+    vectors["lora_random"] = expertsteer.random_vectors(vectors["lora"], 0)
+    return fits, vectors, {"lora": report, "fit_seconds": {name: found["seconds"] for name, found in fits.items()}}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     options.work.mkdir(parents=True, exist_ok=True)
-    fits, vectors, report = fitted(options)
+    models = [model_identity(str(folder))["weights_digest"] for folder in (options.target, options.expert)]
+    names = "language", "texts", "steps", "sentences"
+    decisive = {"models": models, **{name: getattr(options, name) for name in names}}
+    arms = len(LABELS)
+    kept = Kept(options.work, "expertsteer_effect", decisive, 4 + arms * len(EPSILONS) + 1 + 2 * (arms + 1))
+    fits, vectors, report = fitted(options, kept)
     from local_model import LocalModel, Request
 
     from server.engine.edits import Edit
@@ -133,31 +156,35 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name in (options.language, "eng")
     }
 
-    def scores(ids: list[list[int]], arm: str, epsilon: float) -> np.ndarray:
-        edits = () if arm == "none" else (Edit("add", arm, tuple(sorted(vectors[arm])), epsilon),)
-        found = model.log_probabilities([Request(each, len(each) - 1, edits) for each in ids])
-        return np.array([values.mean() for values in found])
+    parts = {
+        "tune": texts[options.language][:TUNED],
+        "test": texts[options.language][TUNED : TUNED + options.sentences],
+        "english": texts["eng"][: options.sentences // 2],
+    }
 
-    tune, test = texts[options.language][:TUNED], texts[options.language][TUNED : TUNED + options.sentences]
-    plain, curve, best = scores(tune, "none", 0.0), {}, {}
+    def scores(part: str, arm: str, epsilon: float) -> np.ndarray:
+        def measured() -> list[float]:
+            edits = () if arm == "none" else (Edit("add", arm, tuple(sorted(vectors[arm])), epsilon),)
+            found = model.log_probabilities([Request(each, len(each) - 1, edits) for each in parts[part]])
+            return [float(values.mean()) for values in found]
+
+        return np.array(kept.part(f"{part} {arm} {epsilon:g}", measured))
+
+    plain, curve, best = scores("tune", "none", 0.0), {}, {}
     for arm in vectors:
-        curve[arm] = {f"{e:g}": float((scores(tune, arm, e) - plain).mean()) for e in EPSILONS}
+        curve[arm] = {f"{e:g}": float((scores("tune", arm, e) - plain).mean()) for e in EPSILONS}
         best[arm] = max(EPSILONS, key=lambda e, arm=arm: curve[arm][f"{e:g}"])
         print(arm, curve[arm], flush=True)
-    arms = ("none", *vectors)
-    found = {arm: scores(test, arm, best.get(arm, 0.0)) for arm in arms}
-    side = {arm: scores(texts["eng"][: options.sentences // 2], arm, best.get(arm, 0.0)) for arm in arms}
+    found, side = (
+        {arm: scores(part, arm, best.get(arm, 0.0)) for arm in ("none", *vectors)} for part in ("test", "english")
+    )
     return {
         "target": options.target.name,
         "expert": options.expert.name,
         "language": options.language,
         "texts": options.texts,
-        "sentences": {"tune": len(tune), "test": len(test), "english": len(side["none"])},
-        "pairs": {name: [pair._asdict() for pair in each.pairs] for name, each in fits.items()},
-        "unexplained": {name: [float(value) for value in each.unexplained] for name, each in fits.items()},
-        "correlations": {
-            name: {str(layer): value for layer, value in each.correlations.items()} for name, each in fits.items()
-        },
+        "sentences": {name: len(part) for name, part in parts.items()},
+        **{name: {arm: each[name] for arm, each in fits.items()} for name in ("pairs", "unexplained", "correlations")},
         "lengths": {
             arm: {str(layer): float(np.linalg.norm(vector)) for layer, vector in by.items()}
             for arm, by in vectors.items()

@@ -6,7 +6,7 @@ layers as in the paper: with the values of a first pass (mode `frozen`), h + alp
 random map whose change is as long on average; the identity; CAA, the mean difference between the English and the
 language's states. Maps and vectors are fitted on lines 1 to 500 of NTREX-128 (CC-BY-SA-4.0); alpha is chosen for each
 language and arm on the even questions and used once on the odd ones. Writes results/incline_effect.json and a section
-of docs/results.md.
+of docs/results.md. An interrupted run goes on behind the last arm and alpha, kept in --states.
 
     POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/incline_effect.py --model polyhelm-data/models/gemma3-270m \\
         --states FOLDER
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from environment import describe, environment
 from incline_alignment import FITTED, states
+from kept import Kept
 from local_model import LocalModel, Request
 from results_page import publish
 from spread import paired, verdict
@@ -31,6 +32,7 @@ from spread import paired, verdict
 from methods import incline
 from server.engine.edits import Edit
 from server.engine.spans import Span
+from server.models import model_identity
 
 LANGUAGES = {"id": "ind", "sw": "swa", "ta": "tam", "th": "tha", "tr": "tur", "vi": "vie", "zh": "zho-CN"}
 """XCOPA's codes, and NTREX's."""
@@ -116,7 +118,7 @@ def margins(model: LocalModel, asked: list[Question], arm: str, alpha: float) ->
 
 
 def language_results(
-    model: LocalModel, asked: list[Question], seen: dict[str, np.ndarray], code: str, alphas: list[float]
+    model: LocalModel, asked: list[Question], seen: dict[str, np.ndarray], code: str, alphas: list[float], kept: Kept
 ) -> dict[str, Any]:
     started = time.monotonic()
     tensors = fitted(seen[LANGUAGES[code]][:FITTED], seen["eng"][:FITTED], seed=0)
@@ -128,12 +130,17 @@ def language_results(
     for question, state in zip(asked, clean, strict=True):
         key = f"clean.{question.language}.{question.index}"
         model.upload(key, {layer: {"vector": row} for layer, row in enumerate(state)})
-    tune, test = asked[0::2], asked[1::2]
-    tuned = {arm: {alpha: margins(model, tune, arm, alpha) for alpha in alphas} for arm in ARMS}
+    halves = {"tune": asked[0::2], "test": asked[1::2]}
+
+    def scored(half: str, arm: str, alpha: float) -> np.ndarray:
+        name = f"{code} {half} {arm} {alpha:g}"
+        return np.array(kept.part(name, lambda: margins(model, halves[half], arm, alpha).tolist()))
+
+    tuned = {arm: {alpha: scored("tune", arm, alpha) for alpha in alphas} for arm in ARMS}
     best = {arm: max(alphas, key=lambda a, arm=arm: _score(tuned[arm][a])) for arm in ARMS}
-    found = {"none": margins(model, test, "none", 0.0), "identity": margins(model, test, "identity", best["incline"])}
-    found |= {arm: margins(model, test, arm, best[arm]) for arm in ARMS}
-    untouched = float((margins(model, tune, "none", 0.0) > 0).mean())
+    found = {"none": scored("test", "none", 0.0), "identity": scored("test", "identity", best["incline"])}
+    found |= {arm: scored("test", arm, best[arm]) for arm in ARMS}
+    untouched = float((scored("tune", "none", 0.0) > 0).mean())
     return {
         "alpha": best | {"identity": best["incline"]},
         "tune": {arm: {f"{a:g}": float((m > 0).mean()) for a, m in by.items()} for arm, by in tuned.items()}
@@ -149,19 +156,18 @@ def _score(found: np.ndarray) -> tuple[float, float]:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Publishes after every language, and goes on behind the last one that was done with the same options."""
+    """Publishes after every language."""
     ntrex = options.data / "parallel" / "ntrex128"
     seen, _ = states(ntrex, options.states, options.model, [LANGUAGES[code] for code in options.languages])
-    options.states.mkdir(parents=True, exist_ok=True)
-    grid = ",".join(f"{alpha:g}" for alpha in options.alphas)
-    done = options.states / f"incline_effect.{options.questions}.{grid}.json"
-    rows: dict[str, Any] = json.loads(done.read_text("utf-8")) if done.exists() else {}
+    weights = model_identity(str(options.model))["weights_digest"]
+    # Neither languages nor alphas: more of them may be added to what is kept.
+    parts = len(options.languages) * (len(ARMS) * (len(options.alphas) + 1) + 3)
+    kept = Kept(options.states, "incline_effect", {"model": weights, "questions": options.questions}, parts)
+    rows: dict[str, Any] = {}
     model = LocalModel(options.model)
     for code in options.languages:
-        if code not in rows:
-            asked = questions(model, options.data / "tasks" / "xcopa" / f"val.{code}.jsonl", code)
-            rows[code] = language_results(model, asked[: options.questions], seen, code, options.alphas)
-            done.write_text(json.dumps(rows), "utf-8")
+        asked = questions(model, options.data / "tasks" / "xcopa" / f"val.{code}.jsonl", code)
+        rows[code] = language_results(model, asked[: options.questions], seen, code, options.alphas, kept)
         right = {arm: float((np.array(m) > 0).mean()) for arm, m in rows[code]["margins"].items()}
         print(code, right, rows[code]["alpha"], f"{rows[code]['seconds']:.0f} s", flush=True)
         results = summed(options, {each: rows[each] for each in options.languages if each in rows})

@@ -9,15 +9,16 @@ on the second their number and alpha, the most consistent setting that isn't les
 the last is reported, with intervals over facts. `random` has as many features, drawn from those that fire, with the
 same gains and a choice of its own; `literal` is the paper's decode-and-replace with delta's choice, `reconstruction`
 the same with alpha 0. The SAE is that of benchmarks/lf_steering_sae.py. Writes results/lf_steering_effect.json and a
-section of docs/results.md.
+section of docs/results.md. An interrupted run goes on behind the last setting, kept in --work.
 
     POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/lf_steering_effect.py --model polyhelm-data/models/smollm2 \\
-        --sae WORK/sae.safetensors
+        --sae WORK/sae.18.safetensors --layer 18 --work WORK
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from environment import describe, environment
+from kept import Kept
 from local_model import LocalModel
 from results_page import publish
 from safetensors.numpy import load_file
@@ -38,11 +40,12 @@ from methods import lf_steering
 from methods.sae import Sae
 from server.engine.edits import Edit, Function
 from server.engine.spans import Span
+from server.models import model_identity
 
 RELATIONS = ("P36", "P407", "P495", "P159", "P17", "P364")
 """Capital, language of work, country of origin, headquarters, country, original language."""
-LAYER = 15
-"""Unless --layer says another: that of the SAE that is given, which may be the one that the classifier chose."""
+LAYER = 18
+"""Of the SAE, unless --layer says another: the one that the paraphrase classifier chose in SmolLM2."""
 COUNTS, ALPHAS = (16, 64), (0.25, 0.5, 1.0, 2.0, 8.0, 30.0)
 MAX_PATTERNS, PAIRS, SEED = 5, 300, 0
 BUT_THE_FIRST = Span(exclude_prompt_positions=(0,))
@@ -159,11 +162,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **{name: tensors[name] for name in ("encoder", "encoder_bias", "decoder", "decoder_bias")},
         threshold=tensors["threshold"],
     )
+    decisive = {
+        "model": model_identity(str(options.model))["weights_digest"],
+        "sae": hashlib.sha256(options.sae.read_bytes()).hexdigest(),
+        **{name: getattr(options, name) for name in ("layer", "facts")},
+    }
+    kept = Kept(options.work, "lf_steering_effect", decisive, 1 + 1 + 2 * len(COUNTS) * len(ALPHAS) + 5)
     model = LocalModel(options.model)
     everything, candidates = facts(model, options.data / "paraphrase" / "pararel", options.facts)
     # Every third fact: each part has all relations.
     fit, tune, test = everything[0::3], everything[1::3], everything[2::3]
-    answers = chosen(model, fit, candidates, ())
+
+    def asked(name: str, those: list[Fact], edits: tuple[Edit, ...]) -> list[Any]:
+        return [
+            np.array(each)
+            for each in kept.part(name, lambda: [each.tolist() for each in chosen(model, those, candidates, edits)])
+        ]
+
+    answers = asked("fit", fit, ())
     probe = located(model, paraphrases(fit, answers), layer)
     pairs = contrasts(fit, answers)
     right, wrong = (model.last_states([pair[side] for pair in pairs])[:, layer] for side in (0, 1))
@@ -178,15 +194,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         random_features = lf_steering.Features(drawn, features.gains)
         upload(model, f"random.{count}", lf_steering.delta_rows(sae, random_features), layer)
 
-    def run(asked: list[Fact], edits: tuple[Edit, ...]) -> Answers:
-        return scored(asked, chosen(model, asked, candidates, edits))
+    def run(name: str, those: list[Fact], edits: tuple[Edit, ...]) -> Answers:
+        return scored(those, asked(name, those, edits))
 
-    plain, curve, best = run(tune, ()), [], {}
+    plain, curve, best = run("tune", tune, ()), [], {}
     for arm in ("delta", "random"):
         for count, alpha in itertools.product(COUNTS, ALPHAS):
-            found = run(tune, edit(f"{arm}.{count}", alpha, layer))
+            found = run(f"tune {arm} {count} {alpha:g}", tune, edit(f"{arm}.{count}", alpha, layer))
             curve.append({"arm": arm, "count": count, "alpha": alpha, **means(found)})
-            print(curve[-1], flush=True)
         fair = [row for row in curve if row["arm"] == arm and row["right"] >= plain.right.mean()]
         best[arm] = max(fair or [row for row in curve if row["arm"] == arm], key=lambda row: row["consistent"])
     count, alpha = best["delta"]["count"], best["delta"]["alpha"]
@@ -199,7 +214,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "literal": edit("literal", 1.0, layer),
         "reconstruction": edit("reconstruction", 1.0, layer),
     }
-    reported = {arm: run(test, edits) for arm, edits in arms.items()}
+    reported = {arm: run(f"test {arm}", test, edits) for arm, edits in arms.items()}
     others = [arm for arm in arms if arm != "delta"]
     return {
         "model": options.model.name,
@@ -272,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--sae", type=Path, required=True, help="what benchmarks/lf_steering_sae.py trained")
+    parser.add_argument("--work", type=Path, required=True, help="a folder to keep what was measured in")
     parser.add_argument("--layer", type=int, default=LAYER, help="the SAE's")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("POLYHELM_BENCH_DATA", "data")))
     parser.add_argument(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -33,8 +34,7 @@ from safetensors.numpy import save_file
 
 from methods.sae import Quality, Sae, calibrated, ordinary, quality
 from methods.sae_training import Config, Training, train
-
-os.environ["POLYHELM_ENGINE"] = "1"  # before vllm is imported
+from server.models import model_identity
 
 WINDOW, BATCH = 256, 64
 FVU, L0 = 0.25, 64
@@ -45,36 +45,42 @@ def articles(text: str) -> list[str]:
     return [part for part in re.split(r"(?m)^(?= = [^=].*[^=] = $)", text) if part.strip()]
 
 
-def capture(model: str, parts: list[list[str]], layer: int) -> list[np.ndarray]:
-    """Of each part, a list of texts, the rows [tokens, hidden], float32."""
-    from vllm import LLM
+def capture(model: Path, parts: list[list[str]], layer: int, files: list[Path]) -> None:
+    """Of each part, a list of texts, writes the rows [tokens, hidden], float32. In a process of its own: the engine's
+    memory isn't the training's.
+    """
+    from local_model import LocalModel
 
     from server.engine.offline import activations
 
-    llm = LLM(model, enforce_eager=True, max_model_len=WINDOW + 1, max_num_seqs=BATCH, disable_log_stats=True)
-    tokenizer, site = llm.get_tokenizer(), f"resid_post.{layer}"
-    captured = []
-    for texts in parts:
-        encoded = [tokenizer(text)["input_ids"] for text in texts]
+    loaded, site, started = LocalModel(model, max_model_len=WINDOW + 1), f"resid_post.{layer}", time.monotonic()
+    for texts, file in zip(parts, files, strict=True):
+        encoded = [loaded.encode(text) for text in texts]
         windows = [ids[start : start + WINDOW] for ids in encoded for start in range(0, len(ids) - 1, WINDOW)]
         rows = []
         for start in range(0, len(windows), BATCH):
-            found = activations(llm, windows[start : start + BATCH], [site], "all", memory_bytes=1 << 30)
+            found = activations(loaded.llm, windows[start : start + BATCH], [site], "all", memory_bytes=1 << 30)
             rows += [each[site][1:] for each in found]
-            print(f"captured {min(start + BATCH, len(windows))} of {len(windows)} windows", flush=True)
-        captured.append(np.concatenate(rows))
-    return captured
+            done = min(start + BATCH, len(windows))
+            print(f"captured {done} of {len(windows)} windows in {time.monotonic() - started:.0f} s", flush=True)
+        np.save(file, np.concatenate(rows), allow_pickle=False)
 
 
 def captured(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Training and held-out rows, from the work folder where they are there."""
-    meta, files = arguments.work / "rows.json", [arguments.work / f"{part}.npy" for part in ("train", "held_out")]
+    kept = f"{model_identity(arguments.model)['weights_digest']}".partition(":")[2][:12] + f".{arguments.layer}"
+    meta = arguments.work / f"rows.{kept}.json"
+    files = [arguments.work / f"{part}.{kept}.npy" for part in ("train", "held_out")]
     if not meta.exists():
         texts = articles(arguments.text.read_text("utf-8"))
         cut = len(texts) * 4 // 5
-        parts = capture(arguments.model, [texts[:cut], texts[cut:]], arguments.layer)
-        for file, rows in zip(files, parts, strict=True):
-            np.save(file, rows, allow_pickle=False)
+        process = multiprocessing.get_context("spawn").Process(
+            target=capture, args=(Path(arguments.model), [texts[:cut], texts[cut:]], arguments.layer, files)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"capturing ended with {process.exitcode}")
         meta.write_text(json.dumps({"articles": [cut, len(texts) - cut]}), "utf-8")
     return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r"), json.loads(meta.read_text("utf-8"))
 
@@ -98,7 +104,11 @@ def main() -> int:
     )
     started = time.monotonic()
     training: Training = train(
-        rows, config, checkpoint=arguments.work / "checkpoint.safetensors", checkpoint_every=200, progress=report
+        rows,
+        config,
+        checkpoint=arguments.work / f"checkpoint.{arguments.layer}.safetensors",
+        checkpoint_every=200,
+        progress=Steps(),
     )
     seconds = time.monotonic() - started
     served = calibrated(training.sae, rows[:: max(1, len(rows) // 20_000)])
@@ -108,7 +118,7 @@ def main() -> int:
     }
     good = all(each["held_out"]["fvu"] < FVU and each["held_out"]["l0"] <= L0 for each in found.values())
     tensors = {name: getattr(served, name) for name in ("encoder", "encoder_bias", "decoder", "decoder_bias")}
-    save_file(tensors | {"threshold": served.threshold}, arguments.work / "sae.safetensors")
+    save_file(tensors | {"threshold": served.threshold}, arguments.work / f"sae.{arguments.layer}.safetensors")
     results = {
         "environment": environment(),
         "model": Path(arguments.model).name,
@@ -152,9 +162,18 @@ Measured {describe(results["environment"])}.
 """
 
 
-def report(done: int, total: int) -> None:
-    if done % 100 == 0:
-        print(f"step {done} of {total}", flush=True)
+class Steps:
+    """Prints how far the training is, and how long the rest takes."""
+
+    def __init__(self) -> None:
+        self._begun: tuple[int, float] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._begun is None:
+            self._begun = done, time.monotonic()
+        elif done % 100 == 0 and done > self._begun[0]:
+            left = (time.monotonic() - self._begun[1]) / (done - self._begun[0]) * (total - done)
+            print(f"step {done} of {total}, about {left / 60:.1f} min left", flush=True)
 
 
 def parsed() -> argparse.Namespace:
@@ -163,7 +182,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--work", type=Path, required=True, help="folder for rows, checkpoint and SAE")
     parser.add_argument("--text", type=Path, default=data / "corpora" / "wikitext2" / "test.txt")
-    parser.add_argument("--layer", type=int, default=15)
+    parser.add_argument("--layer", type=int, default=18)
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--k", type=int, default=56)
     parser.add_argument("--architecture", choices=["topk", "jumprelu"], default="topk")

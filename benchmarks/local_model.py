@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from server.engine.capture import CaptureSpec
-from server.engine.edits import Edit, Point, Program
+from server.engine.edits import Edit, Point, Program, layers_at
 from server.engine.operands import pack
 from server.engine.seams import CAPTURE, PROGRAM, RECEIPT
 from server.engine.spans import Span
@@ -93,7 +93,7 @@ class LocalModel:
             sites = {"points": list(points), "layers": None}
             found = activations(self.llm, list(texts[start : start + BATCH]), sites, "last", memory_bytes=1 << 30)
             for point in points:
-                layers = [f"{point}.{layer}" for layer in range(self.layers)]
+                layers = [f"{point}.{layer}" for layer in layers_at(point, self.layers)]
                 rows[point] += [np.stack([each[name][0] for name in layers]) for each in found]
         return {point: np.stack(each) for point, each in rows.items()}
 

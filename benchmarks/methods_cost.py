@@ -6,9 +6,11 @@ above the states. Two engines, one without polyhelm, then take turns in one run:
 mean of the plain ones just before and after it, and compared with the goal that benchmarks/engine_overhead.py has for
 such an edit. Capturing all layers is compared with plain vLLM's prefill of the same prompts, steered decoding with
 plain decoding. LF-Steering chooses among the features of an SAE with random ones: what that costs doesn't depend on
-them. Writes results/methods_cost.json and a section of docs/results.md.
+them. Writes results/methods_cost.json and a section of docs/results.md. States, fits and finished rounds are kept in
+--work, where an interrupted run goes on.
 
-    POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/methods_cost.py --model polyhelm-data/models/smollm2
+    POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/methods_cost.py --model polyhelm-data/models/smollm2 \\
+        --work WORK
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -28,9 +29,11 @@ import numpy as np
 import torch
 from engine_overhead import start, upload
 from environment import describe, environment
+from kept import Kept
 from llvmlite.binding import ffi
 from results_page import RESULTS, publish
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from spread import spread
 
 from methods import caa, expertsteer, extractors, incline, lf_steering, sadi
@@ -39,6 +42,8 @@ from methods.shared_neurons import Tally
 from server.engine.edits import Edit, Function, Program
 from server.engine.operands import Operand, pack
 from server.engine.spans import Span
+from server.model_weights import Mlps
+from server.models import model_identity
 
 POINTS = ("resid_post", "head_out", "mlp_act")
 PROMPTS, PROMPT_TOKENS = 64, 128
@@ -159,21 +164,10 @@ def fit_expertsteer(folder: Path, options: argparse.Namespace) -> Callable[[], F
     return fit
 
 
-def down_norms(model: Path) -> np.ndarray:
-    """[layers, neurons]: the length of what each neuron writes when it is 1."""
-    found: dict[int, np.ndarray] = {}
-    for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                if name.endswith("mlp.down_proj.weight"):
-                    layer = int(name.split(".layers.")[1].split(".")[0])
-                    found[layer] = tensors.get_tensor(name).float().norm(dim=0).numpy()
-    return np.stack([found[layer] for layer in sorted(found)])
-
-
 def fit_shared_neurons(folder: Path, options: argparse.Namespace) -> Callable[[], Fitted]:
     positive, negative = both(folder, "mlp_act")
-    norms = down_norms(options.model)
+    mlps = Mlps(str(options.model))
+    norms = np.stack([mlps.layer(layer).writes for layer in range(mlps.layers)])
 
     def fit() -> Fitted:
         tally = Tally(norms)
@@ -236,7 +230,15 @@ def engine_child(pipe: Connection, model: str, steering: bool, texts: dict[str, 
 
     # vLLM reads the __dict__ of all that modules hold, and llvmlite's library makes a function of any name it is asked.
     ffi.lib._fntab["__dict__"] = {}
-    llm = LLM(model, enforce_eager=True, max_num_seqs=32, max_model_len=1024, enable_prefix_caching=False, seed=0)
+    llm = LLM(
+        model,
+        enforce_eager=True,
+        max_num_seqs=32,
+        max_model_len=1024,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=1 << 30,
+        seed=0,
+    )
     rng = np.random.default_rng(0)
     long = [rng.integers(3, 40000, PROMPT_TOKENS).tolist() for _ in range(PROMPTS)]
     short = [rng.integers(3, 40000, START_TOKENS).tolist() for _ in range(REQUESTS)]
@@ -300,67 +302,99 @@ def ask(pipe: Any, *order: Any) -> float:
     return float(pipe.recv())
 
 
-def fits(folder: Path, options: argparse.Namespace) -> tuple[dict[str, dict[str, float]], dict[str, Fitted]]:
-    costs, made = {}, {}
-    for name in METHODS:
-        process, pipe = start(fit_child, name, folder, options)
-        seconds, mebibytes, found = pipe.recv()
-        process.join()
-        size = sum(tensor.nbytes for _, by in found for roles in by.values() for tensor in roles.values())
-        costs[name] = {"seconds": seconds, "mebibytes": mebibytes, "artifact_mebibytes": size / 2**20}
-        if METHODS[name][1]:
-            made[name] = found
-        print(f"{name}: {seconds:.1f} s, {mebibytes:.0f} MiB", flush=True)
-    return costs, made
+def save_fitted(file: Path, found: Fitted) -> None:
+    tensors = {
+        f"{number} {layer} {role}": np.ascontiguousarray(tensor)
+        for number, (_, by) in enumerate(found)
+        for layer, roles in by.items()
+        for role, tensor in roles.items()
+    }
+    save_file(tensors, file, {"edits": json.dumps([edit.to_json() for edit, _ in found])})
+
+
+def load_fitted(file: Path) -> Fitted:
+    with safe_open(file, "np") as stored:
+        found: Fitted = [(Edit.from_json(each), {}) for each in json.loads(stored.metadata()["edits"])]
+        for name in stored.keys():
+            number, layer, role = name.split(" ")
+            found[int(number)][1].setdefault(int(layer), {})[role] = stored.get_tensor(name)
+    return found
+
+
+def fit_cost(name: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Leaves the artifact in the folder."""
+    process, pipe = start(fit_child, name, folder, options)
+    seconds, mebibytes, found = pipe.recv()
+    process.join()
+    save_fitted(folder / f"{name}.safetensors", found)
+    size = sum(tensor.nbytes for _, by in found for roles in by.values() for tensor in roles.values())
+    return {"seconds": seconds, "mebibytes": mebibytes, "artifact_mebibytes": size / 2**20}
 
 
 def ratios(
-    plain: Any, ours: Any, reference: tuple[str, ...], modes: dict[str, tuple[str, ...]], rounds: int
+    kept: Kept,
+    kind: str,
+    plain: Any,
+    ours: Any,
+    reference: tuple[str, ...],
+    modes: dict[str, tuple[str, ...]],
+    rounds: int,
 ) -> dict[str, Any]:
     """Of each mode to the mean of the plain runs just before and after it, and the plain tokens/s."""
-    for mode in modes.values():
-        ask(ours, *mode)
-    before, found, speeds = ask(plain, *reference), {name: [] for name in modes}, []
-    for number in range(rounds):
+
+    def measured(number: int) -> dict[str, Any]:
+        before, found, speeds = ask(plain, *reference), {}, []
         order = [*modes]
         for name in order[number % len(order) :] + order[: number % len(order)]:
             speed = ask(ours, *modes[name])
             after = ask(plain, *reference)
-            found[name].append(speed / ((before + after) / 2))
+            found[name] = speed / ((before + after) / 2)
             speeds.append(after)
             before = after
-        print(", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()), flush=True)
-    return {"plain_tokens_per_second": spread(speeds), "ratio": {name: spread(each) for name, each in found.items()}}
+        print(", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
+        return {"ratio": found, "speeds": speeds}
+
+    if any(f"{kind} {number}" not in kept for number in range(rounds)):
+        for mode in modes.values():
+            ask(ours, *mode)
+        ask(plain, *reference)
+    rows = [kept.part(f"{kind} {number}", lambda n=number: measured(n)) for number in range(rounds)]
+    return {
+        "plain_tokens_per_second": spread([speed for row in rows for speed in row["speeds"]]),
+        "ratio": {name: spread([row["ratio"][name] for row in rows]) for name in modes},
+    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     ntrex = options.data / "parallel" / "ntrex128"
     sides = {"positive": "newstest2019-ref.deu.txt", "negative": "newstest2019-src.eng.txt"}
     texts = {side: (ntrex / name).read_text("utf-8").splitlines()[: options.texts] for side, name in sides.items()}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        children = [start(engine_child, str(options.model), steering, texts, folder) for steering in (False, True)]
-        (_, plain), (_, ours) = children
+    weights = str(model_identity(str(options.model))["weights_digest"]).partition(":")[2]
+    folder = options.work / f"methods_cost.{weights[:12]}.{options.texts}"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = Kept(folder, "methods_cost", {}, 1 + len(METHODS) + 2 * options.rounds)
+    children = [start(engine_child, str(options.model), steering, texts, folder) for steering in (False, True)]
+    (_, plain), (_, ours) = children
+
+    def states_captured() -> float:
         started = time.monotonic()
         ask(ours, "states")
-        capturing = time.monotonic() - started
-        costs, made = fits(folder, options)
-        capture = ratios(
-            plain, ours, ("prefill",), {key: ("capture", *each) for key, each in CAPTURES.items()}, options.rounds
-        )
-        for key, parts in made.items():
-            packed: list[tuple[Edit, Operand]] = [(edit, pack(tensors)) for edit, tensors in parts]
-            ask(ours, "upload", key, packed)
-        serving = ratios(
-            plain,
-            ours,
-            ("decode", ""),
-            {"idle": ("decode", ""), **{key: ("decode", key) for key in made}},
-            options.rounds,
-        )
-        for process, pipe in children:
-            pipe.send(None)
-            process.join()
+        return time.monotonic() - started
+
+    capturing = kept.part("states", states_captured)
+    costs = {name: kept.part(f"fit {name}", lambda n=name: fit_cost(n, folder, options)) for name in METHODS}
+    captures = {key: ("capture", *each) for key, each in CAPTURES.items()}
+    capture = ratios(kept, "capture", plain, ours, ("prefill",), captures, options.rounds)
+    served = [name for name, (_, text, _) in METHODS.items() if text]
+    for key in served:
+        parts = load_fitted(folder / f"{key}.safetensors")
+        packed: list[tuple[Edit, Operand]] = [(edit, pack(tensors)) for edit, tensors in parts]
+        ask(ours, "upload", key, packed)
+    steered = {"idle": ("decode", ""), **{key: ("decode", key) for key in served}}
+    serving = ratios(kept, "serving", plain, ours, ("decode", ""), steered, options.rounds)
+    for process, pipe in children:
+        pipe.send(None)
+        process.join()
     return {
         "model": options.model.name,
         "texts": options.texts,
@@ -432,6 +466,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of SmolLM2")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("POLYHELM_BENCH_DATA", "data")))
+    parser.add_argument("--work", type=Path, required=True, help="a folder to keep states, fits and rounds in")
     parser.add_argument("--texts", type=int, default=100, help="a side, to fit on")
     parser.add_argument("--rounds", type=int, default=4)
     multiprocessing.set_start_method("spawn")

@@ -1,12 +1,15 @@
 """docs/results.md: one section per script, which replaces its own and leaves the others alone.
 
 .venv/bin/python benchmarks/results_page.py      # write the whole page again, from results/*.json
+
+With POLYHELM_BENCH_OUT set to a folder, results and page are written there: for a trial run.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -39,17 +42,27 @@ measured in turns are to be compared.
 
 def publish(script: str, results: dict[str, Any], section: str) -> None:
     """Write `results/SCRIPT.json` and the script's section, which begins with its heading."""
-    (RESULTS / f"{script}.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    _write({**_sections(), script: section})
+    folder, page = _places()
+    (folder / f"{script}.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    _write({**_sections(page), script: section}, page)
 
 
-def _sections() -> dict[str, str]:
+def _places() -> tuple[Path, Path]:
+    """The folder of the results, and the page."""
+    if (trial := os.environ.get("POLYHELM_BENCH_OUT")) is None:
+        return RESULTS, PAGE
+    folder = Path(trial)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, folder / PAGE.name
+
+
+def _sections(file: Path) -> dict[str, str]:
     """By script, those that the page has."""
-    page = PAGE.read_text("utf-8") if PAGE.exists() else ""
+    page = file.read_text("utf-8") if file.exists() else ""
     return dict(re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end of \1 -->\n", page, re.S))
 
 
-def _write(sections: dict[str, str]) -> None:
+def _write(sections: dict[str, str], page: Path) -> None:
     blocks = [
         f"\n<!-- {name} -->\n{_wrapped(sections[name])}\n<!-- end of {name} -->\n"
         for name in SCRIPTS
@@ -57,7 +70,7 @@ def _write(sections: dict[str, str]) -> None:
     ]
     missing = ", ".join(f"`benchmarks/{name}.py`" for name in SCRIPTS if name not in sections)
     note = f"\n{_wrapped(f'Without results yet: {missing}.')}\n" if missing else ""
-    PAGE.write_text(HEAD + note + "".join(blocks), "utf-8")
+    page.write_text(HEAD + note + "".join(blocks), "utf-8")
 
 
 def _wrapped(section: str) -> str:
@@ -72,7 +85,7 @@ def main() -> None:
     for script in SCRIPTS:
         if (file := RESULTS / f"{script}.json").exists():
             found[script] = importlib.import_module(script).section(json.loads(file.read_text("utf-8")))
-    _write(found)
+    _write(found, PAGE)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Fits on one part of a task's questions, chooses each arm's setting on a second part, and reports the share of wished
 answers on the third, with paired bootstrap intervals: SADI's released code takes the best on the test set. An answer is
 the likelier of two words after the prompt, and all arms act on the prompt's last token, as SADI does. Writes
-results/sadi_effect.json and a section of docs/results.md.
+results/sadi_effect.json and a section of docs/results.md. An interrupted run goes on behind the last setting, kept in
+--work.
 
 SADI scales the attention heads that differ most between right and wrong answers (methods/sadi.py); `random` scales as
 many heads drawn at random; `fixed` adds SADI's masked mean difference to the same heads; CAA adds the mean difference
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from environment import describe, environment
+from kept import Kept
 from local_model import LocalModel
 from results_page import publish
 from spread import paired, verdict
@@ -42,6 +44,7 @@ from spread import paired, verdict
 from methods import caa, sadi
 from server.engine.edits import Edit
 from server.engine.spans import Span
+from server.models import model_identity
 
 ARMS = ("none", "sadi", "random", "fixed", "caa")
 TOP_K = (2, 10)
@@ -190,33 +193,46 @@ def _mask(indices: np.ndarray, width: int) -> np.ndarray:
 
 
 def answers(
-    model: LocalModel, task: str, asked: list[Question], wanted: list[Setting], layers: dict[str, tuple[int, ...]]
+    model: LocalModel,
+    kept: Kept,
+    part: str,
+    asked: list[Question],
+    wanted: list[Setting],
+    layers: dict[str, tuple[int, ...]],
 ) -> dict[Setting, np.ndarray]:
     """How much likelier the wished answer to each question is, in nats, in each setting. The first setting leaves the
-    prompts in the prefix cache for the others.
+    prompts in the prefix cache for the others. `part` is the task, and the part of its questions.
     """
+    task = part.partition(" ")[0]
     words = sorted([asked[0].right, asked[0].wrong])
     tokens = [model.encode(word, special=False)[0] for word in words]
     if len(set(tokens)) < 2:
         raise ValueError(f"{words} begin with the same token")
     prompts = [model.encode(question.prompt) for question in asked]
     right = np.array([words.index(question.right) for question in asked])
-    found = {}
-    for setting in wanted:
+
+    def margins(setting: Setting) -> list[float]:
         program = edits(setting, task, layers)
         logits = model.next_logits([(prompt, program) for prompt in prompts], tokens)
-        found[setting] = logits[np.arange(len(asked)), right] - logits[np.arange(len(asked)), 1 - right]
-    return found
+        found: list[float] = (logits[np.arange(len(asked)), right] - logits[np.arange(len(asked)), 1 - right]).tolist()
+        return found
+
+    return {
+        setting: np.array(
+            kept.part(f"{part} {setting.arm} {setting.place} {setting.strength:g}", lambda s=setting: margins(s))
+        )
+        for setting in wanted
+    }
 
 
-def run_task(model: LocalModel, task: Task, heads: int) -> dict[str, Any]:
+def run_task(model: LocalModel, task: Task, heads: int, kept: Kept) -> dict[str, Any]:
     started = time.monotonic()
     layers, chosen = fit(model, task, heads)
     fitted = time.monotonic() - started
-    margins = answers(model, task.name, task.tune, settings(), layers)
+    margins = answers(model, kept, f"{task.name} tune", task.tune, settings(), layers)
     tuned = {setting: _scored(each, task) for setting, each in margins.items()}
     best = {arm: max((s for s in tuned if s.arm == arm), key=lambda s: float(tuned[s].mean())) for arm in ARMS}
-    reported = answers(model, task.name, task.test, list(best.values()), layers)
+    reported = answers(model, kept, f"{task.name} test", task.test, list(best.values()), layers)
     found = {arm: _scored(reported[best[arm]], task) for arm in ARMS}
     commonest = max(float(np.mean([q.right == word for q in task.test])) for word in {q.right for q in task.test})
     return {
@@ -242,10 +258,8 @@ def _scored(margins: np.ndarray, task: Task) -> np.ndarray:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Publishes after every task, and goes on behind the last one that was done with the same numbers of questions."""
-    options.work.mkdir(parents=True, exist_ok=True)
-    done = options.work / f"sadi_effect.{options.fit}.{options.tune}.{options.test}.json"
-    found: dict[str, Any] = json.loads(done.read_text("utf-8")) if done.exists() else {}
+    """Publishes after every task."""
+    found: dict[str, Any] = {}
     tasks = {
         "truthfulqa": lambda: truth(options.data),
         options.behaviour: lambda: behaviour(options.data, options.behaviour),
@@ -255,10 +269,11 @@ def measure(options: argparse.Namespace) -> None:
     }
     heads = int(json.loads((options.model / "config.json").read_text("utf-8"))["num_attention_heads"])
     model = LocalModel(options.model, ("head_out",), 1024, 768)
+    sizes = options.fit, options.tune, options.test
+    decisive = {"model": model_identity(str(options.model))["weights_digest"], "sizes": sizes, "seed": SEED}
+    kept = Kept(options.work, "sadi_effect", decisive, len(tasks) * (len(settings()) + len(ARMS)))
     for name, load in tasks.items():
-        if name not in found:
-            found[name] = run_task(model, split(name, load(), options.fit, options.tune, options.test), heads)
-            done.write_text(json.dumps(found), "utf-8")
+        found[name] = run_task(model, split(name, load(), *sizes), heads, kept)
         shown = {arm: round(row["accuracy"], 3) for arm, row in found[name]["arms"].items()}
         print(name, shown, f"{found[name]['seconds']:.0f} s", flush=True)
         results = {"model": options.model.name, "tasks": found, "environment": environment()}

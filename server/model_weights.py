@@ -35,14 +35,15 @@ class Mlps:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         self._text: dict[str, Any] = config.get("text_config") or config
         self._files: dict[tuple[int, str], tuple[Path, str]] = {}
-        names: list[str] = []
+        self._all: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
-                names += (found := list(tensors.keys()))
+                found = list(tensors.keys())
             self._index(file, found)
-        if not names:
+            self._all |= dict.fromkeys(found, file)
+        if not self._all:
             raise UnknownWeights("the model's folder has no safetensors files")
-        self.gated = any("gate" in name for name in names)
+        self.gated = any("gate" in name for name in self._all)
         self.layers = len({layer for layer, name in self._files if name == GATE})
 
     def _index(self, file: Path, names: list[str]) -> None:
@@ -81,6 +82,20 @@ class Mlps:
             activation=cast(Activation, activation),
         )
 
+    def columns(self, number: int) -> Array:
+        """[hidden, neurons]: what each neuron of a layer adds to the MLP's output when it is 1."""
+        down = self._tensor(number, DOWN)
+        if down is None:
+            raise UnknownWeights(f"layer {number} has no {DOWN} in its files")
+        return down
+
+    def unembedding(self) -> Array:
+        """[vocabulary, hidden]: the embedding where it is the unembedding, too."""
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            if name in self._all:
+                return _read(self._all[name], name)
+        raise UnknownWeights("its files have no lm_head and no model.embed_tokens")
+
     def _norm(self, layer: int, name: str) -> Array | None:
         weight = self._tensor(layer, name)
         return weight + 1 if weight is not None and self._text.get("model_type") in _FROM_ONE else weight
@@ -88,7 +103,10 @@ class Mlps:
     def _tensor(self, layer: int, name: str) -> Array | None:
         if (layer, name) not in self._files:
             return None
-        file, full = self._files[layer, name]
-        with safe_open(file, "pt") as tensors:
-            found: Array = tensors.get_tensor(full).float().numpy()
-        return found
+        return _read(*self._files[layer, name])
+
+
+def _read(file: Path, name: str) -> Array:
+    with safe_open(file, "pt") as tensors:
+        found: Array = tensors.get_tensor(name).float().numpy()
+    return found

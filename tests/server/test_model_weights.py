@@ -80,6 +80,14 @@ def test_the_length_of_what_a_neuron_writes_is_that_of_its_share_in_the_stream(f
     np.testing.assert_allclose(Mlps(str(tmp_path)).layer(1).writes, columns.norm(dim=1).numpy(), rtol=1e-4)
 
 
+def test_effective_scores_need_the_columns_and_the_unembedding(tmp_path: Path) -> None:
+    model, mlps = saved("llama", tmp_path), Mlps(str(tmp_path))
+    np.testing.assert_array_equal(mlps.unembedding(), model.get_output_embeddings().weight.detach().numpy())
+    np.testing.assert_array_equal(mlps.columns(2), model.model.layers[2].mlp.down_proj.weight.detach().numpy())
+    with pytest.raises(UnknownWeights, match="layer 9 has no mlp.down_proj"):
+        mlps.columns(9)
+
+
 def test_a_model_without_gates_says_so(tmp_path: Path) -> None:
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
