@@ -30,6 +30,12 @@ def draw(tuning: Tuning, title: str, file: Path) -> bool:
     """As PNG; False where matplotlib isn't installed."""
     if find_spec("matplotlib") is None:
         return False
+    drawn(tuning, title).savefig(file, dpi=120)
+    return True
+
+
+def drawn(tuning: Tuning, title: str) -> Any:
+    """The picture, a figure of matplotlib's: at its left effect against fluency, at its right the heat map."""
     from matplotlib.figure import Figure
 
     lines = series(tuning)
@@ -38,15 +44,14 @@ def draw(tuning: Tuning, title: str, file: Path) -> bool:
     fluency, heat = figure.subplots(1, 2)
     _fluency(fluency, tuning, lines)
     _heat(figure, heat, tuning, lines)
-    figure.savefig(file, dpi=120)
-    return True
+    return figure
 
 
 def _fluency(axes: Any, tuning: Tuning, lines: dict[str, list[TuningPoint]]) -> None:
     baseline, best = tuning.baseline, tuning.best
     for name, points in lines.items():
-        drawn = [point for point in points if point.perplexity is not None]
-        axes.plot([p.perplexity for p in drawn], [p.effect for p in drawn], marker=".", label=name)
+        known = [point for point in points if point.perplexity is not None]
+        axes.plot([p.perplexity for p in known], [p.effect for p in known], marker=".", label=name)
     if baseline.perplexity is not None:
         axes.plot([baseline.perplexity], [baseline.effect], marker="*", color="black", ls="", ms=12, label="unsteered")
         axes.axvline(tuning.max_perplexity_ratio * baseline.perplexity, color="grey", ls=":", lw=1)

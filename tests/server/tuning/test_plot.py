@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from server.tuning.plot import draw, series, write_jsonl
+from server.tuning.plot import draw, drawn, series, write_jsonl
 from steering_store.tuning import Scores, Tuning, TuningPoint
 
 
@@ -51,6 +52,24 @@ def test_a_line_of_the_picture_is_a_set_of_layers_and_options_by_strength(tuning
     found = series(tuning)
     assert list(found) == ["layers 3-5", "layers 7", "layers 1,7 top_k=4"]
     assert [each.strength for each in found["layers 3-5"]] == [1.0, 2.0]
+
+
+def test_the_picture_has_effect_against_fluency_and_the_heat_map(tuning: Tuning) -> None:
+    pytest.importorskip("matplotlib")
+    figure = drawn(tuning, "mood")
+    fluency, heat, *_ = figure.axes
+    lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in fluency.get_lines()}
+    assert lines["layers 3-5"] == [(9.0, 0.1), (9.0, 0.2)] and lines["layers 1,7 top_k=4"] == [(9.0, 0.2)]
+    assert lines["layers 7"] == [], "an infinite perplexity has no place"
+    assert lines["unsteered"] == [(8.0, 0.0)] and lines["chosen"] == [(9.0, 0.2)]
+    limit = tuning.max_perplexity_ratio * 8.0
+    assert [limit, limit] in [list(line.get_xdata()) for line in fluency.get_lines()], "what counts as fluent"
+    (image,) = heat.get_images()
+    np.testing.assert_array_equal(image.get_array().filled(np.nan), [[0.1, 0.2], [0.1, np.nan], [np.nan, 0.2]])
+    assert [text.get_text() for text in heat.get_yticklabels()] == list(series(tuning))
+    assert [text.get_text() for text in heat.get_xticklabels()] == ["1", "2"]
+    marks = {(text.get_text(), *text.get_position()) for text in heat.texts}
+    assert marks == {("o", 1, 0), ("x", 0, 1)}, "the chosen point, and the one that isn't fluent"
 
 
 def test_it_is_drawn_where_matplotlib_is_installed(
