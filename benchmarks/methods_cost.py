@@ -374,8 +374,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     kept = Kept(folder, "methods_cost", {}, 1 + len(METHODS) + 2 * options.rounds)
     children = [start(engine_child, str(options.model), steering, texts, folder) for steering in (False, True)]
-    (_, plain), (_, ours) = children
+    try:
+        found = measured(options, kept, folder, *(pipe for _, pipe in children))
+    finally:
+        for process, pipe in children:
+            pipe.send(None)
+            process.join()
+    return {"model": options.model.name, "texts": options.texts, **found, "environment": environment()}
 
+
+def measured(options: argparse.Namespace, kept: Kept, folder: Path, plain: Any, ours: Any) -> dict[str, Any]:
     def states_captured() -> float:
         started = time.monotonic()
         ask(ours, "states")
@@ -392,17 +400,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ask(ours, "upload", key, packed)
     steered = {"idle": ("decode", ""), **{key: ("decode", key) for key in served}}
     serving = ratios(kept, "serving", plain, ours, ("decode", ""), steered, options.rounds)
-    for process, pipe in children:
-        pipe.send(None)
-        process.join()
     return {
-        "model": options.model.name,
-        "texts": options.texts,
         "capture_seconds_of_all_points": capturing,
         "fits": costs,
         "capture": capture,
         "serving": serving,
-        "environment": environment(),
     }
 
 
@@ -467,7 +469,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of SmolLM2")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("POLYHELM_BENCH_DATA", "data")))
     parser.add_argument("--work", type=Path, required=True, help="a folder to keep states, fits and rounds in")
-    parser.add_argument("--texts", type=int, default=100, help="a side, to fit on")
+    parser.add_argument("--texts", type=int, default=100, help="a side, to fit on; at least 40")
     parser.add_argument("--rounds", type=int, default=4)
     multiprocessing.set_start_method("spawn")
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

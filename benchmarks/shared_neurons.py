@@ -34,7 +34,7 @@ from results_page import publish
 from spread import paired
 
 from methods.gated_mlp import disagreement
-from methods.shared_neurons import CATEGORIES, Category, Report, Tally, clas, control
+from methods.shared_neurons import CATEGORIES, TOP, Category, Report, Tally, clas, control
 from server.engine.edits import Edit, Point
 from server.model_weights import Mlps
 from server.models import model_identity
@@ -254,24 +254,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def section(results: dict[str, Any]) -> str:
     parallel, shuffled, off = results["parallel"], results["shuffled"], results["deactivation"]
     effective, by_written = results["effective"], results["by_what_is_written"]
-    shown = range(0, results["layers"], 3)
-
-    def row(name: str, values: list[float]) -> str:
-        return f"| {name} | {' | '.join(f'{values[layer]:.1%}' for layer in shown)} | {np.mean(values):.1%} |"
-
-    rows = [
-        row("all-shared, of the neurons", parallel["share"]["all_shared"]),
-        row("the same, sentences shuffled", shuffled["share"]["all_shared"]),
-        row("all-shared, of the contribution", parallel["contribution"]["all_shared"]),
-        row("the same, sentences shuffled", shuffled["contribution"]["all_shared"]),
-        row("all-shared, of the 800 largest contributions", parallel["top_share"]["all_shared"]),
-        row("all-shared by the sign of what is written, of the neurons", by_written["share"]["all_shared"]),
-        row("all-shared, of what speaks for the answer", effective["of_what_is_above_0"]["all_shared"]),
-        row("in these questions all-shared, of the neurons", effective["of_the_neurons"]["all_shared"]),
-        row("partial-shared, of the neurons", parallel["share"]["partial_shared"]),
-        row("specific, of the neurons", parallel["share"]["specific"]),
-        row("non-activated, of the neurons", parallel["share"]["non_activated"]),
+    columns = (
+        parallel["share"]["all_shared"],
+        shuffled["share"]["all_shared"],
+        by_written["share"]["all_shared"],
+        parallel["contribution"]["all_shared"],
+        shuffled["contribution"]["all_shared"],
+        parallel["top_share"]["all_shared"],
+        parallel["share"]["partial_shared"],
+        parallel["share"]["specific"],
+        parallel["share"]["non_activated"],
+        effective["of_the_neurons"]["all_shared"],
+        effective["of_what_is_above_0"]["all_shared"],
+    )
+    names = "all-shared", "shuffled", "by written", "contribution", "shuffled", f"{TOP} largest"
+    names += "partial", "specific", "none", "asked", "answer"
+    by_layer = [
+        f"| {layer} | {' | '.join(f'{each[layer]:.1%}' for each in columns)} |" for layer in range(results["layers"])
     ]
+    by_layer.append(f"| mean | {' | '.join(f'{np.mean(each):.1%}' for each in columns)} |")
 
     def nats(value: dict[str, float]) -> str:
         return f"{value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
@@ -311,9 +312,13 @@ other sentences in each language, so that what is left is shared whatever the me
 effective scores above 0 of {effective["questions"]} questions of zsRE in {len(effective["languages"])} languages
 ({", ".join(effective["languages"])}), for the first token of the answer.
 
-| layer | {" | ".join(map(str, shown))} | mean of all |
-|---|{"---:|" * (len(shown) + 1)}
-{chr(10).join(rows)}
+Columns: share of all-shared neurons, the same with shuffled sentences, and by the sign of what is written; all-shared
+of the contribution, the same shuffled, and of the {TOP} largest contributions; share of partial-shared, specific and
+non-activated neurons; in the questions, share of all-shared neurons, and of what speaks for the answer.
+
+| layer | {" | ".join(names)} |
+|---|{"---:|" * len(columns)}
+{chr(10).join(by_layer)}
 
 Deactivated at every token: neurons that are in the category for at least {off["share"]:.0%} of the sentences, or as
 many random ones of the same layers (mean of {off["seeds"]} draws). {scaled}Log-probability of the last
