@@ -31,8 +31,11 @@ class HeadDecider:
     name: str = "head"
 
     def probabilities(self, question: Text, candidates: Sequence[Text]) -> np.ndarray:
+        return np.asarray(1 / (1 + np.exp(-self.log_odds(question, candidates))))
+
+    def log_odds(self, question: Text, candidates: Sequence[Text]) -> np.ndarray:
         rows = features(question, candidates, self.rarity, self.space)
-        return np.asarray(1 / (1 + np.exp(-(self.network(rows) + self.bias))))
+        return np.asarray(self.network(rows) + self.bias)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What it has learned, but for the names of the languages and the number of texts."""

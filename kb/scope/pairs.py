@@ -74,12 +74,14 @@ def encode(groups: Sequence[Group], encoder: Encoder) -> Encoded:
     return Encoded(groups, np.split(rows, ends[:-1]))
 
 
-def situations(encoded: Encoded, *, per_group: int, seed: int, small: float = 0.0) -> Iterator[Situation]:
+def situations(
+    encoded: Encoded, *, per_group: int, seed: int, small: float = 0.0, first: float = 0.0
+) -> Iterator[Situation]:
     """For each group some of its questions, asked of a collection that has another question of every group as fact.
 
     The collection is in one language, and every second time without the fact that the question is about. A question
     isn't asked of its own wording. A share `small` of the collections are samples of 1 fact or more: there the nearest
-    fact may be about something else altogether.
+    fact may be about something else altogether. In a share `first` one of the two is the group's first question.
     """
     random = np.random.default_rng(seed)
     collections = _collections(encoded)
@@ -87,6 +89,8 @@ def situations(encoded: Encoded, *, per_group: int, seed: int, small: float = 0.
         for turn in range(per_group):
             # Near misses come in the question's own language as well, and are nearest there.
             asked, told = random.choice(len(group.questions), 2, replace=turn % 2 == 1)
+            if first and random.random() < first and 0 not in (asked, told):
+                asked, told = (0, told) if random.random() < 0.5 else (asked, 0)
             language = group.questions[told][1]
             facts, owners, vectors = collections[language]
             text, vector = group.questions[asked], encoded.vectors[number][asked]

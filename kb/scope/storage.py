@@ -1,4 +1,4 @@
-"""Deciders as folders: `scope.json`, and beside it `scope.safetensors` (a head) or `model/` (a cross-encoder)."""
+"""Deciders as folders: `scope.json`, and beside it `scope.safetensors` (a head), `model/` (a cross-encoder) or both."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from kb.encoders.base import EncoderIdentity
 from kb.scope.base import Decider, ScopeError
+from kb.scope.cascade import CascadeDecider, Weights
 from kb.scope.cross_encoder import CrossEncoderDecider
 from kb.scope.head import HeadDecider
 from kb.scope.threshold import ThresholdDecider
@@ -22,7 +23,7 @@ MODEL: Final = "model"
 FORMAT: Final = 1
 
 
-Storable = ThresholdDecider | HeadDecider | CrossEncoderDecider
+Storable = ThresholdDecider | HeadDecider | CrossEncoderDecider | CascadeDecider
 
 
 def save(decider: Storable, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
@@ -35,11 +36,15 @@ def save(decider: Storable, folder: Path, notes: Mapping[str, Any] | None = None
         settings["encoder"] = decider.encoder._asdict()
     if isinstance(decider, ThresholdDecider):
         settings |= decider.settings()
-    elif isinstance(decider, HeadDecider):
-        settings |= {"texts": decider.rarity.texts, "languages": list(decider.space.languages)}
-        save_file(decider.tensors(), folder / TENSORS)
-    else:
-        decider.save(folder / MODEL)
+    head = decider.head if isinstance(decider, CascadeDecider) else decider
+    reader = decider.reader if isinstance(decider, CascadeDecider) else decider
+    if isinstance(head, HeadDecider):
+        settings |= {"texts": head.rarity.texts, "languages": list(head.space.languages)}
+        save_file(head.tensors(), folder / TENSORS)
+    if isinstance(reader, CrossEncoderDecider):
+        reader.save(folder / MODEL)
+    if isinstance(decider, CascadeDecider):
+        settings["weights"] = decider.weights._asdict()
     # Last, as a folder without it is no decider.
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
@@ -62,11 +67,15 @@ def load(folder: Path) -> Decider:
             return ThresholdDecider(
                 fallback, dict(settings["thresholds"]), encoder, None if same is None else float(same)
             )
-        if kind == "head" and encoder is not None:
-            texts, languages = int(settings["texts"]), list(settings["languages"])
-            return HeadDecider.from_tensors(encoder, texts, languages, load_file(folder / TENSORS))
         if kind == "cross_encoder":
-            return CrossEncoderDecider(str(folder / MODEL))
+            return CrossEncoderDecider(str(folder / MODEL), short=True)
+        if kind in ("head", "cascade") and encoder is not None:
+            texts, languages = int(settings["texts"]), list(settings["languages"])
+            head = HeadDecider.from_tensors(encoder, texts, languages, load_file(folder / TENSORS))
+            if kind == "head":
+                return head
+            weights = Weights(**{name: float(weight) for name, weight in dict(settings["weights"]).items()})
+            return CascadeDecider(head, CrossEncoderDecider(str(folder / MODEL), short=True), weights)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ScopeError(f"{folder} holds no decider that can be read: {error}") from error
     raise ScopeError(f"{folder} holds a decider of an unknown kind, {kind!r}")

@@ -9,6 +9,8 @@ import numpy as np
 
 from kb.encoders.base import EncoderIdentity
 from kb.scope.base import Decider, Text
+from kb.scope.cascade import CascadeDecider, Weights, doubted
+from kb.scope.cross_encoder import CrossEncoderDecider
 from kb.scope.features import features
 from kb.scope.head import HeadDecider
 from kb.scope.network import LIMIT, Network
@@ -31,6 +33,12 @@ MIN_CENTRED = 20
 """Questions in a language from which on it has a centre of its own."""
 HELD_OUT = 0.15
 """Share of the groups that the threshold of the decision is set on."""
+READ = 20
+"""Situations that a cross-encoder learns from of each group, half of them with the fact."""
+FIRST = 0.5
+"""Share of these in which the language that the groups begin with is on one side: most facts are in one language."""
+MARGIN = 1e-6
+"""Log-odds by which the decision lies above a near miss."""
 Report = Callable[[str], None]
 
 
@@ -64,13 +72,12 @@ def fit_head(
     What a space has learned by heart would teach the network to trust it, so that each half of the groups is read in
     the space that the other half made; the one that is kept is made of both.
     """
-    order = np.random.default_rng(seed).permutation(len(encoded.groups))
-    held = max(int(HELD_OUT * len(order)), 10)
+    learned, kept = split(encoded, seed)
     rarity = Rarity.of(text for group in encoded.groups for text, _ in group.questions)
-    halves = [encoded.part(numbers) for numbers in np.array_split(order[:-held], 2)]
+    halves = [learned.part(numbers) for numbers in np.array_split(np.arange(len(learned.groups)), 2)]
     report("learning a space that tells facts apart")
     spaces = [fit_space(each, seed) for each in halves]
-    space = fit_space(encoded.part(order[:-held]), seed)
+    space = fit_space(learned, seed)
     report("reading pairs and their near misses")
     rows, labels = [], []
     for half, other in zip(halves, reversed(spaces), strict=True):
@@ -79,7 +86,7 @@ def fit_head(
             labels.append(each.matches)
     report(f"learning the decision from {sum(len(each) for each in rows)} pairs")
     network = fit_network(np.concatenate(rows), np.concatenate(labels), seed)
-    near = situations(encoded.part(order[-held:]), per_group=2 * PER_GROUP, seed=seed + 1)
+    near = situations(kept, per_group=2 * PER_GROUP, seed=seed + 1)
     best = [
         float(network(features(each.question, each.candidates, rarity, space)).max())
         for each in near
@@ -87,6 +94,65 @@ def fit_head(
     ]
     bias = -float(np.quantile(best, 1 - false_fires))
     return HeadDecider(encoder, rarity, space, network, bias)
+
+
+def split(encoded: Encoded, seed: int) -> tuple[Encoded, Encoded]:
+    """Groups to learn from, and groups to set the decision on."""
+    order = np.random.default_rng(seed).permutation(len(encoded.groups))
+    held = max(int(HELD_OUT * len(order)), 10)
+    return encoded.part(order[:-held]), encoded.part(order[-held:])
+
+
+def fit_reader(encoded: Encoded, model: str, *, report: Report, seed: int = 0) -> CrossEncoderDecider:
+    """A cross-encoder, from a folder, a hub id or `e5-small`. Hours on a CPU for a large one."""
+    reader = CrossEncoderDecider(model)
+    asked = list(situations(encoded, per_group=READ, seed=seed, small=SMALL, first=FIRST))
+    report(f"fine-tuning a cross-encoder on {sum(each.matches.any() for each in asked)} questions")
+    reader.fit(asked, seed=seed, report=report)
+    return reader
+
+
+def fit_cascade(
+    kept: Encoded, head: HeadDecider, reader: CrossEncoderDecider, *, false_fires: float, seed: int = 0
+) -> CascadeDecider:
+    """How the two are weighed, from groups that neither has seen: those that `split` keeps."""
+    best, rows, labels = [], [], []
+    for each in situations(kept, per_group=2 * PER_GROUP, seed=seed + 1):
+        odds = head.log_odds(each.question, each.candidates)
+        picked = doubted(odds)
+        pair = np.empty((0, 2))
+        if len(picked):
+            read = reader.log_odds(each.question, [each.candidates[n] for n in picked])
+            pair = np.stack([odds[picked], read], axis=1)
+            rows.append(pair)
+            labels.append(each.matches[picked])
+        if not each.matches.any():
+            best.append((float(odds.max()), pair))
+    read_at_all = np.concatenate(labels) if labels else np.array([], bool)
+    # They count alike where there is nothing to weigh them by.
+    both = len(set(read_at_all.tolist())) == 2
+    weights = fit_weights(np.concatenate(rows), read_at_all) if both else np.ones(2)
+    # Where the head is sure, the weights change nothing.
+    misses = np.sort([(pair @ weights).max() if len(pair) else np.copysign(np.inf, odds) for odds, pair in best])
+    doubtful = misses[np.isfinite(misses)]
+    limit = misses[len(misses) - 1 - int(false_fires * len(misses))]
+    limit = np.clip(limit, doubtful[0], doubtful[-1]) + MARGIN if len(doubtful) else 0.0
+    return CascadeDecider(head, reader, Weights(float(weights[0]), float(weights[1]), -float(limit)))
+
+
+def fit_weights(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """float64 [columns]: logistic regression on [rows, columns] with an offset, which is left out, by Newton's method.
+
+    A slight penalty keeps it finite where the labels can be told apart.
+    """
+    x = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+    weights, penalty = np.zeros(x.shape[1]), np.diag([0.1] * rows.shape[1] + [1e-6])
+    for _ in range(50):
+        judged = 1 / (1 + np.exp(-(x @ weights)))
+        slope = x.T @ (judged - labels) + penalty @ weights
+        bend = (x * (judged * (1 - judged))[:, None]).T @ x + penalty
+        weights = weights - np.linalg.solve(bend, slope)
+    return weights[:-1]
 
 
 def quality(decider: Decider, encoded: Encoded, seed: int = 2) -> Quality:

@@ -21,19 +21,23 @@ def train_scope(
         Path, typer.Option(envvar="POLYHELM_OUTPUT", help="The folder to write; POLYHELM_KB_SCOPE names it.")
     ],
     kind: Annotated[
-        Literal["head", "threshold", "cross-encoder"],
+        Literal["head", "threshold", "cross-encoder", "cascade"],
         typer.Option(
             envvar="POLYHELM_KIND",
             help="head (the default): a small network. threshold: on the cosine, per pair of languages. cross-encoder: "
-            "the paper's, fine-tuned from --model.",
+            "the paper's, fine-tuned from --model. cascade: a head, and a cross-encoder where it is in doubt.",
         ),
     ] = "head",
     encoder: Annotated[
         str, typer.Option(envvar="POLYHELM_KB_ENCODER", help="What turns the questions into vectors.")
     ] = str(Settings.model_fields["kb_encoder"].default),
     model: Annotated[
-        str | None, typer.Option(envvar="POLYHELM_MODEL", help="Of a cross-encoder: a folder or hub id to begin with.")
-    ] = None,
+        str,
+        typer.Option(
+            envvar="POLYHELM_MODEL",
+            help="What a cross-encoder begins with: a folder, a hub id, or e5-small, the embedded encoder's weights.",
+        ),
+    ] = "e5-small",
     false_fires: Annotated[
         float,
         typer.Option(
@@ -55,12 +59,9 @@ def train_scope(
 
     from kb import encoders
     from kb.scope import ScopeError, pairs, storage, training
-    from kb.scope.cross_encoder import CrossEncoderDecider
 
     report = Reporter()
     try:
-        if kind == "cross-encoder" and model is None:
-            raise ScopeError("a cross-encoder is fine-tuned from a model: give --model")
         groups = pairs.read_groups(questions)
         loaded = encoders.load(encoder)
         report.step(f"encoding the questions of {len(groups)} lines")
@@ -71,12 +72,16 @@ def train_scope(
         decider: storage.Storable
         if kind == "threshold":
             decider = training.fit_threshold(fit, loaded.identity, false_fires=false_fires, seed=seed)
-        elif kind == "head":
-            decider = training.fit_head(fit, loaded.identity, false_fires=false_fires, report=report.step, seed=seed)
+        elif kind == "cross-encoder":
+            decider = training.fit_reader(fit, model, report=report.step, seed=seed)
         else:
-            decider = CrossEncoderDecider(model or "")
-            report.step("fine-tuning")
-            decider.fit(list(pairs.situations(fit, per_group=12, seed=seed)))
+            head = training.fit_head(fit, loaded.identity, false_fires=false_fires, report=report.step, seed=seed)
+            decider = head
+            if kind == "cascade":
+                learned, kept = training.split(fit, seed)
+                reader = training.fit_reader(learned, model, report=report.step, seed=seed)
+                report.step("weighing the two")
+                decider = training.fit_cascade(kept, head, reader, false_fires=false_fires, seed=seed)
         measured = training.quality(decider, rest)._asdict()
         notes = {"questions": questions.name, "lines": len(groups), "false_fires": false_fires, "held_out": measured}
         storage.save(decider, output, notes)

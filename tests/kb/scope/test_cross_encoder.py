@@ -36,12 +36,24 @@ def test_it_learns_from_the_fact_which_it_reads_first(decider: CrossEncoderDecid
     assert judged[0] < 0.5 <= judged[1]
 
 
+def test_fitting_leaves_the_words_embeddings_as_they_were(tmp_path: Path) -> None:
+    made = CrossEncoderDecider(str(untrained(tmp_path, WORDS)))
+    facts = tuple(Text(f"who wrote {book}?", "en", NOTHING) for book in ("faust", "hamlet"))
+    asked = Situation(Text("faust who wrote?", "en", NOTHING), facts, np.array([True, False]))
+    network = made._model.model
+    words, others = network.get_input_embeddings().weight, network.classifier.weight
+    before = [each.detach().clone() for each in (words, others)]
+    made.fit([asked] * 4, epochs=2, rate=1e-2)
+    assert (words == before[0]).all() and (others != before[1]).any()
+
+
 def test_it_survives_a_folder(decider: CrossEncoderDecider, tmp_path: Path) -> None:
     save(decider, tmp_path / "scope")
     loaded = load(tmp_path / "scope")
     question, facts = Text("faust who wrote?", "de", NOTHING), [Text("who wrote faust?", "en", NOTHING)]
     assert loaded.encoder is None
-    np.testing.assert_allclose(loaded.probabilities(question, facts), decider.probabilities(question, facts), atol=1e-5)
+    # It is served in 16 bits where the CPU multiplies such.
+    np.testing.assert_allclose(loaded.probabilities(question, facts), decider.probabilities(question, facts), atol=0.02)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

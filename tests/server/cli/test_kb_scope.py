@@ -61,19 +61,20 @@ def test_a_head_is_trained_and_knows_its_encoder(questions: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("small_encoder")
-def test_a_cross_encoder_is_trained_from_a_folder(questions: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), [("cross-encoder", "cross_encoder"), ("cascade", "cascade")])
+def test_what_reads_is_trained_from_a_folder(questions: Path, tmp_path: Path, kind: str, name: str) -> None:
     pytest.importorskip("sentence_transformers")
     tiny = untrained(tmp_path / "tiny", questions.read_text().lower().split())
     folder = tmp_path / "scope"
-    code, printed, message = run(questions, "--output", folder, "--kind", "cross-encoder", "--model", tiny, "--json")
+    code, printed, message = run(questions, "--output", folder, "--kind", kind, "--model", tiny, "--json")
     assert code == 0, message
-    assert json.loads(printed)["kind"] == load(folder).name == "cross_encoder"
+    assert json.loads(printed)["kind"] == load(folder).name == name
 
 
 def test_what_cannot_be_trained_says_why(questions: Path, tmp_path: Path) -> None:
     for arguments, reason in (
         ((tmp_path / "nothing", "--output", tmp_path / "a"), "nothing"),
-        ((questions, "--output", tmp_path / "a", "--kind", "cross-encoder"), "--model"),
+        ((questions, "--output", tmp_path / "a", "--kind", "cross-encoder", "--model", tmp_path / "none"), "none"),
         ((questions, "--output", tmp_path / "a", "--encoder", "e5-huge"), "e5-huge"),
     ):
         code, _, message = run(*arguments)
