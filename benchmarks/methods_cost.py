@@ -45,7 +45,8 @@ from server.engine.spans import Span
 from server.model_weights import Mlps
 from server.models import model_identity
 
-POINTS = ("resid_post", "head_out", "mlp_act")
+STATES = ("resid_post", "head_out", "mlp_act")
+POINTS = (*STATES, "attn_out", "resid_pre")
 PROMPTS, PROMPT_TOKENS = 64, 128
 REQUESTS, START_TOKENS, NEW_TOKENS = 16, 32, 64
 HEADS, SAE_LAYER, SAE_FEATURES, SMALL = 9, 15, 4096, 1e-3
@@ -55,6 +56,7 @@ CAPTURES = {
     "resid_post, last token": ("resid_post", "last"),
     "resid_post, mean of all tokens": ("resid_post", "mean"),
     "mlp_act, last token": ("mlp_act", "last"),
+    "mlp_act and what its gates are worked out of, last token": ("mlp_act,resid_post,attn_out,resid_pre", "last"),
 }
 GOAL = 0.8
 
@@ -261,7 +263,7 @@ def engine_child(pipe: Connection, model: str, steering: bool, texts: dict[str, 
         elif order[0] == "capture":
             from server.engine.offline import activations
 
-            found = activations(llm, long, {"points": [order[1]], "layers": None}, order[2])
+            found = activations(llm, long, {"points": order[1].split(","), "layers": None}, order[2])
             speed = PROMPTS * PROMPT_TOKENS / (time.perf_counter() - began)
             assert len(found) == PROMPTS
             pipe.send(speed)
@@ -290,7 +292,7 @@ def _save_states(llm: Any, texts: dict[str, list[str]], folder: Path) -> None:
     from server.engine.offline import activations
 
     for side, each in texts.items():
-        for point in POINTS:
+        for point in STATES:
             found = activations(llm, each, {"points": [point], "layers": None}, "last", memory_bytes=1 << 30)
             layers = len([name for name in found[0] if name.startswith(point)])
             rows = [np.stack([one[f"{point}.{layer}"][0] for layer in range(layers)]) for one in found]

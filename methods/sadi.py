@@ -17,9 +17,10 @@ Wang et al. 2025, "Semantics-adaptive activation intervention for LLMs via dynam
 | hidden | (layer, dimension) | resid_post | hidden states | what `mlp` is here |
 | mlp | (layer, dimension) | mlp_out | - | calls this "hidden": the MLP's output without the residual |
 
-Scaling a neuron's gate scales `mlp_act` by the same factor, so that `neurons` differ from the released code only in
-which values choose them. A head that is chosen is scaled as a whole. The released code takes the top_k largest signed
-values (`signed_top`, the default); "of highest magnitude", as secondary sources have it, is `abs_top`.
+Scaling a neuron's gate scales `mlp_act` by the same factor. Which neurons to scale is chosen by the gates, too, if
+these are what `fit` is given: methods/gated_mlp.py. A head that is chosen is scaled as a whole. The released code takes
+the top_k largest signed values (`signed_top`, the default); "of highest magnitude", as secondary sources have it, is
+`abs_top`.
 
 The paper's strength is delta. The released code multiplies by s = 1 + delta and sweeps s over 5, 10 ... 80 for heads
 and hidden, 10 ... 90 for neurons, and top_k over 1 ... 10 heads, 3 ... 500 neurons, 1 ... 20 dimensions, taking the

@@ -49,9 +49,13 @@ def sadi(
             envvar="POLYHELM_FORM", help="adaptive (the default), or fixed: the paper's ablation, a steering vector."
         ),
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(envvar="POLYHELM_BY", help="Choose neurons by their gate (the default), or by what is written."),
+    ] = None,
 ) -> dict[str, Any]:
     """SADI: scale the heads, neurons or dimensions that tell right answers from wrong ones."""
-    return {"component": component, "top_k": top_k, "selection": selection, "form": form}
+    return {"component": component, "top_k": top_k, "selection": selection, "form": form, "by": by}
 
 
 @command(app, "incline", "pairs", '{"source": ..., "target": ...}')

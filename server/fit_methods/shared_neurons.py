@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
 from methods import shared_neurons
-from methods.gated_mlp import disagreement
+from server.fit_methods import gates
 from server.fit_methods.base import (
-    Activations,
     Array,
     Capture,
     Context,
@@ -25,11 +24,9 @@ from server.fit_methods.base import (
     Text,
     Wanted,
 )
-from server.model_weights import Mlps, UnknownWeights
 from steering_store.manifest import Language, Role
 
-DISAGREEMENT = 0.1
-"""Between the down projection's input as it was captured and as it is worked out: more than bfloat16 makes of it."""
+REMEDY = "use written, the sign of what a neuron writes, which isn't the paper's"
 
 
 class Parallel(Part):
@@ -71,16 +68,6 @@ class SharedNeuronsOptions(Options):
         return 1.0 if self.form == "clas" else -1.0
 
 
-class Opened(NamedTuple):
-    """Of all texts, `gates` [texts, layers, neurons]; `writes` [layers, neurons], the length of what a neuron adds to
-    the residual stream when it is 1; and by how much what is worked out differs from what was captured, at most.
-    """
-
-    gates: Array
-    writes: Array
-    error: float
-
-
 class SharedNeuronsSpec(MethodSpec):
     data_field = "inputs"
     method: Literal["shared_neurons"] = "shared_neurons"
@@ -104,13 +91,15 @@ class SharedNeuronsSpec(MethodSpec):
         ]
 
     def captures(self) -> list[Capture]:
-        beside = ("resid_post", "resid_pre", "attn_out") if self.options.active == "gate" else ()
-        return [Capture(tuple(self.texts()), Wanted(("mlp_act", *beside), "last"))]
+        points = gates.POINTS if self.options.active == "gate" else gates.POINTS[:1]
+        return [Capture(tuple(self.texts()), Wanted(points, "last"))]
 
     def steps(self, context: Context) -> Steps:
         activations = yield self.captures()[0]
         written, options = activations.pooled["mlp_act"], self.options
-        opened = _opened(activations, context.model_path) if options.active == "gate" else None
+        opened = None
+        if options.active == "gate":
+            opened = gates.opened(activations, context.model_path, "options.active", REMEDY)
         writes = np.ones(written.shape[1:], np.float32) if opened is None else opened.writes
         tally = shared_neurons.Tally(writes, options.threshold, min(shared_neurons.TOP, written.shape[2]))
         languages = list(self.inputs[0].texts)
@@ -145,29 +134,6 @@ class SharedNeuronsSpec(MethodSpec):
             languages=languages,
             seed=options.control,
         )
-
-
-def _opened(activations: Activations, model: str) -> Opened | None:
-    """None for a model whose MLPs have no gates: there what a neuron writes is its non-linearity's output. FitError
-    where the gates can't be worked out, or wouldn't be those that the engine has.
-    """
-    written, after = activations.pooled["mlp_act"], activations.pooled["resid_post"]
-    gates, writes, error = np.empty_like(written), np.empty(written.shape[1:], np.float32), 0.0
-    try:
-        if not (mlps := Mlps(model)).gated:
-            return None
-        for layer in range(written.shape[1]):
-            mlp = mlps.layer(layer)
-            stream = after[:, layer - 1] if layer else activations.pooled["resid_pre"][:, 0]
-            gates[:, layer], worked_out = mlp(stream, activations.pooled["attn_out"][:, layer])
-            writes[layer] = mlp.writes
-            error = max(error, disagreement(worked_out, written[:, layer]))
-            if error > DISAGREEMENT:
-                raise UnknownWeights(f"layer {layer} is built otherwise: what its neurons write differs by {error:.0%}")
-    except UnknownWeights as reason:
-        remedy = "use written, the sign of what a neuron writes, which isn't the paper's"
-        raise FitError("options.active", f"the neurons' gates can't be worked out: {reason}; {remedy}") from reason
-    return Opened(gates, writes, error)
 
 
 def _by_category(prefix: str, shares: Array) -> dict[str, float]:

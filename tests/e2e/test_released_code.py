@@ -166,6 +166,11 @@ def test_sadi_served_frozen_equals_the_released_code(
         for side in ("positive", "negative")
     }
     block = sides["positive"].shape[2] // HEADS if component == "heads" else 1
+    if component == "neurons":
+        # The code's hook is on the gate's non-linearity, before the product.
+        sides = {
+            side: last_gates(model, [ids(f"{pair['prompt']} {pair[side]}") for pair in ANSWERED]) for side in sides
+        }
     elements = {side: x.reshape(*x.shape[:2], -1, block).mean(-1) for side, x in sides.items()}
     difference = np.mean([p - n for p, n in zip(elements["positive"], elements["negative"], strict=True)], axis=0)
     best = np.argsort(difference.flatten())[-top_k:]

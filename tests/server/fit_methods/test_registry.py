@@ -37,8 +37,15 @@ def test_a_body_becomes_the_spec_of_its_method_and_survives_a_job_on_disk(method
 
 def test_every_method_tells_what_it_captures_and_names_its_texts() -> None:
     assert {spec.model_fields["method"].default for spec in get_args(Specs)} == set(METHODS)
-    assert parse_spec(body("sadi")).wanted() == Wanted(("head_out",), "last")
-    assert parse_spec(body("sadi", options={"component": "mlp"})).wanted() == Wanted(("mlp_out",), "last")
+
+    def wanted(**options: Any) -> Wanted:
+        ((_, found),) = parse_spec(body("sadi", options=options)).captures()
+        return found
+
+    assert wanted() == Wanted(("head_out",), "last")
+    assert wanted(component="mlp") == Wanted(("mlp_out",), "last")
+    assert wanted(component="neurons", by="written") == Wanted(("mlp_act",), "last")
+    assert set(wanted(component="neurons").points) == {"mlp_act", "resid_pre", "resid_post", "attn_out"}
     first, second, *_ = parse_spec(body("sadi")).texts()
     assert first == ("pairs.0.positive", "Is it? yes") and second == ("pairs.0.negative", "Is it? no")
     options = {"source_language": "sw", "component": "attention", "pooling": "mean", "mix": "source_first"}
