@@ -374,7 +374,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     weights = str(model_identity(str(options.model))["weights_digest"]).partition(":")[2]
     folder = options.work / f"methods_cost.{weights[:12]}.{options.texts}"
     folder.mkdir(parents=True, exist_ok=True)
-    kept = Kept(folder, "methods_cost", {}, 1 + len(METHODS) + 2 * options.rounds)
+    decisive = {"captures": CAPTURES, "methods": [*METHODS]}
+    kept = Kept(folder, "methods_cost", decisive, 1 + len(METHODS) + 2 * options.rounds)
     children = [start(engine_child, str(options.model), steering, texts, folder) for steering in (False, True)]
     try:
         found = measured(options, kept, folder, *(pipe for _, pipe in children))
