@@ -29,9 +29,7 @@ async def encoded(capture: Capture, engine: Engine) -> list[list[int]]:
     _check_points(wanted.points, engine)
     if outside := [layer for layer in wanted.layers or () if layer >= engine.layers]:
         raise ApiError(422, f"layers {outside} are outside the model's {engine.layers} layers", "options.layer")
-    found: list[list[int]] = await run_in_threadpool(
-        lambda: engine.tokenizer([each.text for each in texts])["input_ids"] if texts else []
-    )
+    found: list[list[int]] = await engine.tokenize([each.text for each in texts]) if texts else []
     least, most = 2 if wanted.keep == "mean" else 1, engine.max_model_len - 1
     for (where, _), ids in zip(texts, found, strict=True):
         if not least <= len(ids) <= most:

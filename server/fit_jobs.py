@@ -28,7 +28,7 @@ from server.fits import run_fit
 from server.locks import POLL_SECONDS, holding
 from server.models import ModelIdentity
 from steering_store import Publication, Store
-from steering_store.errors import ArtifactNotFound, StoreError
+from steering_store.errors import StoreError
 
 if TYPE_CHECKING:
     from server.engine.client import Engine
@@ -234,15 +234,10 @@ class _Commit:
     def published(self) -> bool:
         """Whether the job had published when it was cut off; if so, it ends."""
         job = self.running.job
-        try:
-            versions = self.store.versions(job.name)
-        except ArtifactNotFound:
-            return False
-        for version in versions:
-            if version.manifest.annotations.get(ANNOTATION) == job.id:
-                self._succeed(lambda: version.ref)  # noqa: B023 (called at once)
-                return True
-        return False
+        version = self.store.annotated(job.name, ANNOTATION, job.id)
+        if version is not None:
+            self._succeed(lambda: version.ref)
+        return version is not None
 
     def _succeed(self, artifact: Any) -> None:
         job = self.records.end(

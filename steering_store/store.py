@@ -161,6 +161,21 @@ class Store:
             rows = db.execute(query + " LIMIT ?", (name, after, include_yanked, limit + 1)).fetchall()
         return page_of(rows, limit)
 
+    def annotated(self, name: str, key: str, value: str) -> ArtifactVersion | None:
+        """The latest whole version whose manifest has this annotation, yanked ones among them, or None.
+
+        Raises InvalidName.
+        """
+        check_name(name)
+        query = """
+            SELECT versions.* FROM versions,
+                json_each(CASE WHEN json_valid(manifest) THEN manifest ELSE '{}' END, '$.annotations') AS annotation
+            WHERE name = ? AND annotation.key = ? AND annotation.value = ? ORDER BY version DESC
+        """
+        with connect(self._database) as db:
+            found = (listed(row) for row in db.execute(query, (name, key, value)))
+            return next((each for each in found if isinstance(each, ArtifactVersion)), None)
+
     def head(self, name: str) -> ArtifactVersion:
         """What to show of an artifact: its highest version that is whole and not yanked, or else its highest whole one.
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
@@ -151,7 +150,7 @@ class _Capture:
     async def _token_ids(self, chat: Any, prompt: object, index: int) -> list[int]:
         where = f"prompts.{index}"
         if isinstance(prompt, str):
-            ids = (await run_in_threadpool(self.engine.tokenizer, prompt))["input_ids"]
+            ids = await self.engine.tokenize(prompt)
         elif isinstance(prompt, dict) and prompt.keys() == {"messages"}:
             try:
                 ids = await self.engine.chat_tokens(chat, prompt["messages"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import threading
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from http import HTTPStatus
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -101,6 +103,7 @@ class Engine:
     """Whether it is being closed: it then refuses what is new, and aborts what it doesn't end."""
     _receipts: list[tuple[str, asyncio.Future[Counts]]] = field(default_factory=list)
     _collector: asyncio.Task[None] | None = None
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._uploader = Uploader(
@@ -165,6 +168,18 @@ class Engine:
     @property
     def tokenizer(self) -> Any:
         return self.client.get_tokenizer()
+
+    async def tokenize(self, texts: str | list[str]) -> Any:
+        """Token ids of a text, or of each text, as vLLM makes them of a prompt.
+
+        One call at a time: for each call beside another one vLLM copies the tokenizer, and keeps the copy (5 MiB here).
+        """
+
+        def run() -> Any:
+            with self._tokenizing:
+                return self.tokenizer(texts)["input_ids"]
+
+        return await run_in_threadpool(run)
 
     @property
     def max_model_len(self) -> int:

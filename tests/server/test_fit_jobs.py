@@ -52,8 +52,8 @@ class FakeEngine:
         self.go = asyncio.Event()
         self.go.set()
 
-    def tokenizer(self, texts: list[str]) -> dict[str, list[list[int]]]:
-        return {"input_ids": [list(text.encode()) for text in texts]}
+    async def tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
 
     async def run_capture(self, ids: list[int], spec: CaptureSpec, *, detokenize: bool) -> SimpleNamespace:
         self.captured += 1

@@ -335,3 +335,17 @@ def test_folders_are_made_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     synced.clear()
     Store(tmp_path / "a" / "b")
     assert synced == []
+
+
+def test_a_version_is_found_by_an_annotation_beside_a_manifest_that_cannot_be_read(
+    store: Store, manifest: Content, vectors: Vectors, tmp_path: Path
+) -> None:
+    for number in (1, 2, 3):
+        store.publish("mood", manifest | {"annotations": {"fit": f"fit-{number}", "n": "x"}}, vectors(float(number)))
+    with sqlite3.connect(tmp_path / "artifacts" / "store.sqlite") as db:
+        db.execute("UPDATE versions SET manifest = 'no JSON' WHERE version = 1")
+    found = store.annotated("mood", "fit", "fit-2")
+    assert found is not None and found.ref == "mood@2"
+    assert store.annotated("mood", "n", "fit-2") is None
+    assert store.annotated("mood", "fit", "fit-1") is None
+    assert store.annotated("other", "fit", "fit-2") is None

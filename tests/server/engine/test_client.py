@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import TokenizersBackend
 from vllm.sampling_params import RequestOutputKind
+from vllm.tokenizers.hf import maybe_make_thread_pool
 
 from server.engine.bank_directory import BankFull
 from server.engine.capture import CaptureSpec
@@ -165,3 +169,32 @@ def test_workers_that_never_answer_keep_no_cancelled_capture(
 
     asyncio.run(run())
     assert "didn't answer" in caplog.text
+
+
+class Words(TokenizersBackend):
+    """A real tokenizer whose calls last long enough to meet, and which counts its copies."""
+
+    copies = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Words:
+        Words.copies += 1
+        return Words(tokenizer_object=Tokenizer.from_str(self.backend_tokenizer.to_str()))
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        time.sleep(0.01)
+        return super().__call__(*arguments, **options)
+
+
+def test_texts_that_come_at_once_are_tokenized_without_a_tokenizer_for_each() -> None:
+    words = Words(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")))
+    maybe_make_thread_pool(words)
+    made = Words.copies
+    client = Client()
+    client.get_tokenizer = lambda: words  # type: ignore[attr-defined]
+    engine = Engine(client, 1, 0, 0, 0)  # type: ignore[arg-type]
+
+    async def run() -> list[Any]:
+        return await asyncio.gather(engine.tokenize("a"), *(engine.tokenize(["b", "a"]) for _ in range(8)))
+
+    assert asyncio.run(run()) == [[0], *[[[1], [0]]] * 8]
+    assert Words.copies == made
