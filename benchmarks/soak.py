@@ -5,9 +5,11 @@ Start a server with the demo artifacts, in float32, and then this, with the proc
     .venv/bin/polyhelm serve --demo --dtype float32 --data-dir FOLDER
     .venv/bin/python benchmarks/soak.py --pid PID --minutes 60
 
-First it is measured how many requests of the mix a number of clients get done that never pause; then requests of the
-same mix begin at 80% of that rate, at random times, whether or not earlier ones have ended. The mix: completions and
-streams, steered or not; clients that leave in the middle; questions to the knowledge base; facts that are written,
+First come prompts of every length, because vLLM's matrix products on a CPU keep a oneDNN primitive for each number of
+tokens that a step has had, the last 128 of each layer: memory that grows by what has been met, and no further. Then it
+is measured how many requests of the mix a number of clients get done that never pause; then requests of the same mix
+begin at 80% of that rate, at random times, whether or not earlier ones have ended. The mix: completions and streams,
+steered or not; clients that leave in the middle; questions to the knowledge base; facts that are written,
 found, changed and deleted; uploads; captures; fits, half of them cancelled.
 
 A wrong receipt is one that counts other tokens than the request had, or names other facts. A leak is an answer that
@@ -57,17 +59,21 @@ class Memory:
         self._process = psutil.Process(pid)
         self.samples: list[tuple[float, dict[str, int]]] = []
 
+    def now(self) -> dict[str, int]:
+        """Bytes by name. A child may end while it is looked at; the server may not: RuntimeError."""
+        held: Counter[str] = Counter()
+        for each in [self._process, *self._process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                memory = each.memory_info()
+                held[each.name()] += memory.rss - memory.shared
+        if not held or not self._process.is_running():
+            raise RuntimeError("the server has ended")
+        return dict(held)
+
     async def watch(self) -> None:
-        """Sample until cancelled. A child may end while it is looked at; the server may not."""
+        """Sample until cancelled."""
         while True:
-            held: Counter[str] = Counter()
-            for each in [self._process, *self._process.children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess):
-                    memory = each.memory_info()
-                    held[each.name()] += memory.rss - memory.shared
-            if not held or not self._process.is_running():
-                raise RuntimeError("the server has ended")
-            self.samples.append((time.monotonic(), dict(held)))
+            self.samples.append((time.monotonic(), self.now()))
             await asyncio.sleep(1)
 
     def totals(self, begin: float) -> np.ndarray:
@@ -111,16 +117,19 @@ async def offer(traffic: Traffic, seconds: float, rate: float) -> None:
 
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     async with httpx.AsyncClient(base_url=arguments.url, trust_env=False, timeout=60) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
-    traffic = Traffic(arguments.url, model)
+        model = (await client.get("/v1/models")).json()["data"][0]
+    traffic = Traffic(arguments.url, model["id"])
     await traffic.learn()
+    memory = Memory(arguments.pid)
+    before = memory.now()
+    await traffic.lengths(model["max_model_len"] - 1)
+    after = memory.now()
     await capacity(traffic, 10)  # what is used for the first time
     most = await capacity(traffic, CAPACITY_SECONDS)
     warming = traffic.tally
     traffic.tally, traffic.started = Tally(), time.monotonic()
     seconds, begin = 60 * arguments.minutes, traffic.started
     fitted = await traffic.fits()
-    memory = Memory(arguments.pid)
     watcher = asyncio.create_task(memory.watch())
     traffic_task = asyncio.create_task(offer(traffic, seconds, SHARE * most))
     # Whichever fails first fails the run.
@@ -153,6 +162,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "left_running": await traffic.metric("vllm:num_requests_running"),
         "p50_seconds_by_thirds": [round(float(np.quantile(each, 0.5)), 3) for each in thirds],
         "p99_seconds_by_thirds": [round(float(np.quantile(each, 0.99)), 3) for each in thirds],
+        "mib_before_and_after_every_length": [round(sum(each.values()) / 2**20, 1) for each in (before, after)],
         "memory": slope(memory.totals(begin + seconds / 3))._asdict(),
         "mib_by_process": {
             "first_third": memory.by_name(begin, begin + seconds / 3),
@@ -193,6 +203,9 @@ def section(result: dict[str, Any]) -> str:
         "wrong receipts; texts that differ; facts lost": f"{result['wrong_receipts']}; {result['leaks']}; "
         f"{result['lost_facts']}",
         "99th percentile of completions, by thirds": ", ".join(f"{each:.2f} s" for each in tail),
+        "memory before and after prompts of every length": " and ".join(
+            f"{each:,.0f} MiB" for each in result["mib_before_and_after_every_length"]
+        ),
         "memory of the last two thirds": f"{memory['mib']:,.0f} MiB; slope {memory['mib_per_hour']:+.1f} MiB an hour, "
         f"95% interval {memory['lowest']:+.1f} to {memory['highest']:+.1f}",
         "bounds broken": "; ".join(result["faults"]) or "none",

@@ -86,6 +86,13 @@ class Traffic:
             self._alone[asked] = Answer(told["choices"][0]["text"], told["usage"]["total_tokens"] - 1)
             self._compare(asked, told["choices"][0]["text"], told)
 
+    async def lengths(self, longest: int) -> None:
+        """Prompts of every length, one at a time and in no order, so that each is a step's number of tokens."""
+        for length in random.sample(range(1, longest + 1), longest):
+            prompt = random.choices(range(1000, 20000), k=length)
+            body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+            self._count(await self.client.post("/v1/completions", json=body), 200)
+
     async def any(self) -> None:
         """One request of a kind drawn by its weight."""
         kinds = self.kinds()
