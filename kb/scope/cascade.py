@@ -17,7 +17,7 @@ from kb.scope.base import Text
 from kb.scope.cross_encoder import CrossEncoderDecider
 from kb.scope.head import HeadDecider
 
-DOUBT: Final = (-5.0, 2.0)
+DOUBT: Final = (-4.0, 2.0)
 """Log-odds of the head for the likeliest fact between which it is in doubt."""
 READ: Final = 2
 """Facts that are read then, likeliest first."""
