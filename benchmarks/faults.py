@@ -212,6 +212,8 @@ class Run:
                 "FAKETIME_TIMESTAMP_FILE": str(self.clock),
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
                 "FAKETIME_CACHE_DURATION": "1",
+                # torch's probe sleeps until a time of the monotonic clock, which the library refuses (EINVAL).
+                "TORCHINDUCTOR_VEC_ISA_OK": "1",
             }
         command = [str(Path(sys.executable).with_name("polyhelm")), "serve", "--data-dir", str(self.data)]
         command += ["--port", str(options.port), "--max-model-len", "512", "--max-num-seqs", "16"]
