@@ -1,7 +1,7 @@
 """vLLM's OpenAI handlers, extended by the `knowledge` field.
 
 It takes `knowledge` off the request, puts facts into the prompt where the question is about one, and adds the receipt
-to the response, or to the last chunk of a stream. Everything else, `steering` too, is the inner handler's.
+to the response, or to the last chunk of a stream that has choices. Everything else, `steering` too, is the inner handler's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from server.api.errors import ApiError
 from server.api.knowledge_schema import KnowledgeReceipt, parse
-from server.api.openai import DONE, holds_error, with_field
+from server.api.openai import with_receipt
 from server.knowledge import Adviser
 
 
@@ -80,14 +80,9 @@ def _last_user_message(request: Any) -> int:
 
 
 async def _stream(chunks: AsyncGenerator[str], receipt: KnowledgeReceipt) -> AsyncGenerator[str]:
-    """The chunks, with the receipt in the one before [DONE]."""
-    held = None
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            if held is not None:
-                if chunk.startswith(DONE) and not holds_error(held):
-                    held = with_field(held, "knowledge", receipt.model_dump())
-                yield held
-            held = chunk
-        if held is not None:
-            yield held
+    async def known() -> KnowledgeReceipt:
+        return receipt
+
+    async with aclosing(chunks), aclosing(with_receipt(chunks, "knowledge", known)) as told:
+        async for chunk in told:
+            yield chunk

@@ -2,16 +2,18 @@
 
 The handler does all the work: templates, tools, structured output, streaming, logprobs. This wrapper takes `steering`
 off the request, puts the program into the sampling parameters, and adds the receipt to the response, or to the last
-chunk of a stream.
+chunk of a stream that has choices.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from server import tracing
 from server.api import frozen
@@ -26,6 +28,8 @@ from server.request_context import current
 if TYPE_CHECKING:
     from server.engine.client import Engine
 
+NO_CHOICES = '"choices":[]'
+"""As vLLM writes it; inside of a text the quotation marks have backslashes."""
 DONE = "data: [DONE]"
 HOLD_SECONDS = 10.0
 """How long a stream is held back for its first chunk."""
@@ -139,16 +143,38 @@ class SteeringHandler:
         self, first: asyncio.Future[str], chunks: AsyncGenerator[str], prepared: Prepared
     ) -> AsyncGenerator[str]:
         try:
-            async with aclosing(chunks):
-                held = await first
-                async for chunk in chunks:
-                    if chunk.startswith(DONE) and not holds_error(held):
-                        held = with_field(held, "steering", (await self._receipt(prepared)).model_dump())
-                    yield held
-                    held = chunk
-                yield held
+            async with (
+                aclosing(chunks),
+                aclosing(_joined(first, chunks)) as joined,
+                aclosing(with_receipt(joined, "steering", lambda: self._receipt(prepared))) as told,
+            ):
+                async for chunk in told:
+                    yield chunk
         finally:
             prepared.life.end()
+
+
+async def _joined(first: asyncio.Future[str], others: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    yield await first
+    async for chunk in others:
+        yield chunk
+
+
+async def with_receipt(
+    chunks: AsyncGenerator[str], name: str, receipt: Callable[[], Awaitable[BaseModel]]
+) -> AsyncGenerator[str]:
+    """The chunks, with the receipt in the last one that has choices: proxies that read what they pass on, LiteLLM among
+    them, keep the fields of these, and not of the one with the usage alone that may follow.
+    """
+    held, told = None, False
+    async for chunk in chunks:
+        if held is not None:
+            if not told and (chunk.startswith(DONE) or NO_CHOICES in chunk) and not holds_error(held):
+                held, told = with_field(held, name, (await receipt()).model_dump()), True
+            yield held
+        held = chunk
+    if held is not None:
+        yield held
 
 
 async def _given_up(first: asyncio.Future[str], chunks: AsyncGenerator[str]) -> None:

@@ -412,6 +412,15 @@ def test_stream_carries_the_receipt_in_its_last_chunk_only() -> None:
     assert engine.events == ["ensured", "receipt", "stream closed"]
 
 
+def test_the_chunk_with_the_usage_alone_leaves_the_receipt_in_the_one_before_it() -> None:
+    usage = 'data: {"id":"x","choices":[],"usage":{"total_tokens":3}}\n\n'
+    said = CHUNKS[1].replace("ü", 'ü\\"choices\\":[]')
+    steered, _ = handler(Engine(), chunks=[said, said, usage, CHUNKS[2]])
+    chunks = run(lambda: drain(steered))
+    assert ["steering" in chunk for chunk in chunks] == [False, True, False, False]
+    assert (chunks[0], *chunks[2:]) == (said, usage, CHUNKS[2])
+
+
 def test_stream_of_one_chunk_carries_the_receipt() -> None:
     steered, _ = handler(Engine(), chunks=[CHUNKS[0], CHUNKS[2]])
     chunks = run(lambda: drain(steered))
