@@ -1,7 +1,7 @@
 """vLLM's OpenAI handlers, extended by the `knowledge` field.
 
 It takes `knowledge` off the request, puts facts into the prompt where the question is about one, and adds the receipt
-to the response, or to the last chunk of a stream that has choices. Everything else, `steering` too, is the inner handler's.
+to the response, or to the last chunk of a stream that has choices. All else, `steering` too, is the inner handler's.
 """
 
 from __future__ import annotations
