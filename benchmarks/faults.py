@@ -184,11 +184,18 @@ class Load:
             found = self._client.get(f"/v1/artifacts/{name}/versions/1")
             gone += [] if found.status_code == 200 and found.json()["digest"] == digest else [f"artifact {name}"]
         acknowledged = list(self.moves)
-        history = self._client.get("/v1/artifacts/first/history?alias=live").json()["data"]
-        recorded = [int(each["reason"]) for each in history if each["action"] == "set_alias"]
+        recorded = {int(each["reason"]) for each in self._history() if each["action"] == "set_alias"}
         gone += [f"move {each} of the alias" for each in acknowledged if each not in recorded]
         points = int(self._client.get(ALIAS).json()["reason"]) if acknowledged else 0
         return gone + (["the alias points back"] if acknowledged and points < acknowledged[-1] else [])
+
+    def _history(self) -> Iterator[dict[str, Any]]:
+        """All that the alias has been through, page by page."""
+        after, more = 0, True
+        while more:
+            page = self._client.get("/v1/artifacts/first/history", params={"alias": "live", "after": after}).json()
+            yield from page["data"]
+            after, more = page["last_id"], page["has_more"]
 
     def end(self) -> None:
         self._ending.set()

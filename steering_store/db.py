@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -170,7 +171,8 @@ def _named(exc: sqlite3.Error, path: Path) -> StoreError:
     # Of its shared memory's file SQLite says no more than that it couldn't be written.
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _no_room(path)):
         return StoreFull("the store's disk is full; free some room and publish again")
-    if code == sqlite3.SQLITE_READONLY:
+    # Where the log of the last transactions isn't there, and can't be made, not even reading is possible.
+    if code == sqlite3.SQLITE_READONLY or (code == sqlite3.SQLITE_CANTOPEN and not os.access(path.parent, os.W_OK)):
         return StoreReadOnly(READ_ONLY)
     return StoreError(f"{path.name}: {exc}; check the data directory, and restore it from a backup if it is damaged")
 

@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from server.api.prepared import Prepared
 from steering_store import Store
-from steering_store.errors import StoreError
+from steering_store.errors import StoreError, StoreReadOnly
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ class Leases:
         fresh = time.monotonic() + self._seconds / 2
         try:
             await self._take(digest for digest in prepared.digests if self._until.get(digest, 0) < fresh)
+        except StoreReadOnly as error:
+            # Nobody who sees the store as this process does can delete anything, so that there is nothing to hold.
+            log.warning("an artifact is used without a lease: %s", error)
         except StoreError as error:
             error.param = "steering"
             raise

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,3 +83,28 @@ def test_shared_memory_that_finds_no_room(
     with pytest.raises(StoreError) as refused:
         store.set_alias("mood", "live", 1)
     assert type(refused.value) is error
+
+
+def test_folder_on_a_disk_that_is_mounted_read_only(
+    store: Store, manifest: dict[str, Any], vectors: Vectors, tmp_path: Path
+) -> None:
+    version = store.publish("mood", manifest, vectors()).version
+    assert store.resolve("mood").version == 1
+    folder = str(tmp_path / "artifacts")
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
+        pytest.skip("only who may mount can see this")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        for change in (
+            lambda: store.publish("mood", manifest, vectors(2.0)),
+            lambda: store.set_alias("mood", "live", 1),
+            lambda: store.lease(version.digest, "a test", 60),
+            lambda: store.delete_version("mood", 1),
+        ):
+            with pytest.raises(StoreReadOnly):
+                change()
+        assert store.resolve("mood").version == 1
+        assert store.load_tensors(version)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+    assert store.publish("mood", manifest, vectors(2.0)).version.version == 2

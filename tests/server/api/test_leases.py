@@ -12,7 +12,7 @@ import pytest
 from server.api.leases import Leases
 from server.api.steering import Steerer
 from steering_store import Store
-from steering_store.errors import ArtifactNotFound, InUse
+from steering_store.errors import READ_ONLY, ArtifactNotFound, InUse, StoreReadOnly
 from tests.server.api.published import prepare, publish
 
 pytestmark = pytest.mark.anyio
@@ -104,3 +104,24 @@ async def test_a_lease_that_can_not_be_prolonged_is_said_and_the_others_go_on(
         await asyncio.sleep(0.5)
     assert digest in caplog.text
     assert leases._task is not None and not leases._task.done()
+
+
+async def test_a_store_that_can_not_be_written_serves_without_a_lease_and_says_so(
+    steerer: Steerer, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(store)
+    lease = store.lease
+
+    def refuse(*_: object) -> None:
+        raise StoreReadOnly(READ_ONLY)
+
+    monkeypatch.setattr(store, "lease", refuse)
+    with caplog.at_level(logging.WARNING):
+        await steerer.check(prepare(steerer))
+    assert "without a lease" in caplog.text
+    monkeypatch.setattr(store, "lease", lease)
+    prepared = prepare(steerer)
+    await steerer.check(prepared)
+    with pytest.raises(InUse):
+        store.delete_version("mood", 1)
+    del prepared
