@@ -1,7 +1,7 @@
 """vLLM's OpenAI handlers, extended by the `knowledge` field.
 
 It takes `knowledge` off the request, puts facts into the prompt where the question is about one, and adds the receipt
-to the response, or to the last chunk of a stream that has choices. All else, `steering` too, is the inner handler's.
+to the response, or to the last chunk of a stream. All else, `steering` too, is the inner handler's.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from server.api.chunks import with_receipt
 from server.api.errors import ApiError
 from server.api.knowledge_schema import KnowledgeReceipt, parse
-from server.api.openai import with_receipt
 from server.knowledge import Adviser
 
 

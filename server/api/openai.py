@@ -2,21 +2,19 @@
 
 The handler does all the work: templates, tools, structured output, streaming, logprobs. This wrapper takes `steering`
 off the request, puts the program into the sampling parameters, and adds the receipt to the response, or to the last
-chunk of a stream that has choices.
+chunk of a stream.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from server import tracing
 from server.api import frozen
+from server.api.chunks import holds_error, with_receipt
 from server.api.errors import ApiError
 from server.api.prepared import Prepared
 from server.api.receipts import Receipt
@@ -28,9 +26,6 @@ from server.request_context import current
 if TYPE_CHECKING:
     from server.engine.client import Engine
 
-NO_CHOICES = '"choices":[]'
-"""As vLLM writes it; inside of a text the quotation marks have backslashes."""
-DONE = "data: [DONE]"
 HOLD_SECONDS = 10.0
 """How long a stream is held back for its first chunk."""
 RESERVED = "polyhelm"
@@ -160,23 +155,6 @@ async def _joined(first: asyncio.Future[str], others: AsyncGenerator[str]) -> As
         yield chunk
 
 
-async def with_receipt(
-    chunks: AsyncGenerator[str], name: str, receipt: Callable[[], Awaitable[BaseModel]]
-) -> AsyncGenerator[str]:
-    """The chunks, with the receipt in the last one that has choices: proxies that read what they pass on, LiteLLM among
-    them, keep the fields of these, and not of the one with the usage alone that may follow.
-    """
-    held, told = None, False
-    async for chunk in chunks:
-        if held is not None:
-            if not told and (chunk.startswith(DONE) or NO_CHOICES in chunk) and not holds_error(held):
-                held, told = with_field(held, name, (await receipt()).model_dump()), True
-            yield held
-        held = chunk
-    if held is not None:
-        yield held
-
-
 async def _given_up(first: asyncio.Future[str], chunks: AsyncGenerator[str]) -> None:
     first.cancel()
     await asyncio.wait([first])
@@ -188,16 +166,3 @@ def refuse_error(chunk: str, prepared: Prepared) -> None:
     if error := holds_error(chunk):
         param = prepared.field_at_fault(error.get("param"))
         raise ApiError(int(error.get("code") or 500), str(error.get("message")), param)
-
-
-def holds_error(chunk: str) -> dict[str, Any] | None:
-    """The error in an SSE chunk, which vLLM sends where a stream breaks off."""
-    return json.loads(chunk.removeprefix("data: ")).get("error") if chunk.startswith("data: {") else None
-
-
-def with_field(chunk: str, name: str, value: Any) -> str:
-    """Add a field to an SSE chunk; a chunk that holds an error stays as it is."""
-    if holds_error(chunk):
-        return chunk
-    body = json.loads(chunk.removeprefix("data: "))
-    return f"data: {json.dumps(body | {name: value}, ensure_ascii=False)}\n\n"

@@ -172,7 +172,7 @@ class Engine:
     async def tokenize(self, texts: str | list[str]) -> Any:
         """Token ids of a text, or of each text, as vLLM makes them of a prompt.
 
-        One call at a time: for each call beside another one vLLM copies the tokenizer, and keeps the copy (5 MiB here).
+        One call at a time: for each call beside another one vLLM copies the tokenizer, and keeps the copy, some MiB.
         """
 
         def run() -> Any:

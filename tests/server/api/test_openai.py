@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from server.api.chunks import with_field
 from server.api.errors import ApiError
-from server.api.openai import SteeringHandler, refuse_error, with_field
+from server.api.openai import SteeringHandler, refuse_error
 from server.api.prepared import Prepared
 from server.api.receipts import Applied, Receipt
 from server.api.steering_schema import LAST_PROMPT_TOKEN, parse
@@ -410,15 +411,6 @@ def test_stream_carries_the_receipt_in_its_last_chunk_only() -> None:
     assert payload(chunks[1]) == payload(CHUNKS[1]) | {"steering": receipt(5).model_dump()}
     assert "ü" in chunks[1] and chunks[1].endswith("\n\n")
     assert engine.events == ["ensured", "receipt", "stream closed"]
-
-
-def test_the_chunk_with_the_usage_alone_leaves_the_receipt_in_the_one_before_it() -> None:
-    usage = 'data: {"id":"x","choices":[],"usage":{"total_tokens":3}}\n\n'
-    said = CHUNKS[1].replace("ü", 'ü\\"choices\\":[]')
-    steered, _ = handler(Engine(), chunks=[said, said, usage, CHUNKS[2]])
-    chunks = run(lambda: drain(steered))
-    assert ["steering" in chunk for chunk in chunks] == [False, True, False, False]
-    assert (chunks[0], *chunks[2:]) == (said, usage, CHUNKS[2])
 
 
 def test_stream_of_one_chunk_carries_the_receipt() -> None:
