@@ -18,7 +18,7 @@ from server.api.access import ANY_KEY, OPEN, OPERATOR, allows, rule_for
 from server.api.errors import ApiError, error_response
 from server.api.rate_limits import RateLimits
 from server.keys import Key, KeyStore
-from server.request_context import current
+from server.request_context import RequestContext, current
 
 
 @dataclass
@@ -50,10 +50,11 @@ class Authentication:
             return
         context = current()
         context.key = key
+        counted = _Counted(self.limits, context, headers, send)
         try:
-            await self.app(scope, receive, _with(headers, send))
+            await self.app(scope, receive, counted.send)
         finally:
-            self.limits.end(key, context.prompt_tokens + context.completion_tokens)
+            counted.end()
 
     def _needed(self, scope: Scope) -> str:
         path = get_route_path(scope)
@@ -107,10 +108,24 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
         await error_response(error)(scope, receive, send)
 
 
-def _with(headers: Mapping[str, str], send: Send) -> Send:
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).update(headers)
-        await send(message)
+@dataclass
+class _Counted:
+    """One request that was let in. It is counted out before its client has the last byte and can send the next."""
 
-    return sending if headers else send
+    limits: RateLimits
+    context: RequestContext
+    headers: Mapping[str, str]
+    _send: Send
+    _running: bool = True
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(self.headers)
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.end()
+        await self._send(message)
+
+    def end(self) -> None:
+        if self._running:
+            self._running = False
+            self.limits.end(self.context.key, self.context.prompt_tokens + self.context.completion_tokens)

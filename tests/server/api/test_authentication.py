@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import errno
 import sqlite3
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
 from server.keys import FILE, KeyStore, Limits
 from tests.server.api.artifact_app import assert_refused
@@ -172,6 +174,34 @@ def test_requests_at_a_time_are_limited_and_counted_out_however_they_end(keys: K
         assert statuses == [200, 429, 429]
         assert ask({"fail": True}) == 500
         assert ask({}) == 200
+
+
+def test_a_request_is_counted_out_before_its_client_has_the_last_byte(keys: KeyStore) -> None:
+    _, token = keys.create("one", {"generate"}, limits=Limits(max_concurrent=1, tokens_per_minute=60))
+    app = guarded(keys)
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": COMPLETE,
+        "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {token}".encode())],
+    }
+    statuses: list[int] = []
+
+    async def ask(bodies: list[bytes]) -> None:
+        async def receive() -> Message:
+            return {"type": "http.request", "body": bodies[0]}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+            elif not message.get("more_body", False) and bodies[1:]:
+                await ask(bodies[1:])  # at once, before the server is done with the one that it has answered
+
+        await app(dict(scope), receive, send)
+
+    asyncio.run(ask([b'{"tokens": 9}', b'{"tokens": 90}', b"{}"]))
+    assert statuses == [200, 200, 429], "neither is refused for the one before it; the last is, for its tokens"
 
 
 def test_other_keys_are_not_slowed_down(client: TestClient, keys: KeyStore) -> None:
