@@ -6,11 +6,12 @@ Start a server with the demo artifacts, in float32, and then this, with the proc
     .venv/bin/python benchmarks/soak.py --pid PID --minutes 60
 
 First come prompts of every length, because vLLM's matrix products on a CPU keep a oneDNN primitive for each number of
-tokens that a step has had, the last 128 of each layer: memory that grows by what has been met, and no further. Then it
-is measured how many requests of the mix a number of clients get done that never pause; then requests of the same mix
-begin at 80% of that rate, at random times, whether or not earlier ones have ended. The mix: completions and streams,
-steered or not; clients that leave in the middle; questions to the knowledge base; facts that are written,
-found, changed and deleted; uploads; captures; fits, half of them cancelled.
+tokens that a step has had, the last 128 of each layer: memory that grows by what has been met, and no further. For the
+same reason come bursts of the mix, more at once than the hour should have. Then it is measured how many requests of the
+mix a number of clients get done that never pause; then requests of the same mix begin at 80% of that rate, at random
+times, whether or not earlier ones have ended. The mix: completions and streams, steered or not; clients that leave in
+the middle; questions to the knowledge base; facts that are written, found, changed and deleted; uploads; captures;
+fits, half of them cancelled.
 
 A wrong receipt is one that counts other tokens than the request had, or names other facts. A leak is an answer that
 isn't, word for word, the one that the same request got alone; in float32, because in bfloat16 the text of a greedy
@@ -39,11 +40,14 @@ import psutil
 from environment import describe, environment
 from growth import slope
 from soak_traffic import Tally, Traffic
+from stalls import LONG, Stalls
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 PAGE = Path(__file__).parent.parent / "docs" / "operations.md"
 BEGIN, END = "<!-- soak -->\n", "<!-- end of soak -->\n"
 CONCURRENT = 16
+BURSTS = (128, 128, 128)
+"""Requests of the mix that begin at once."""
 CAPACITY_SECONDS = 60
 SHARE = 0.8
 STABLE = 1.5
@@ -123,13 +127,17 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     memory = Memory(arguments.pid)
     before = memory.now()
     await traffic.lengths(model["max_model_len"] - 1)
+    for size in BURSTS:
+        await asyncio.gather(*(traffic.any() for _ in range(size)))
+    await traffic.wait_for_fits()
     after = memory.now()
-    await capacity(traffic, 10)  # what is used for the first time
     most = await capacity(traffic, CAPACITY_SECONDS)
     warming = traffic.tally
     traffic.tally, traffic.started = Tally(), time.monotonic()
     seconds, begin = 60 * arguments.minutes, traffic.started
     fitted = await traffic.fits()
+    stalls = Stalls(arguments.url, arguments.pid)
+    stalls.start()
     watcher = asyncio.create_task(memory.watch())
     traffic_task = asyncio.create_task(offer(traffic, seconds, SHARE * most))
     # Whichever fails first fails the run.
@@ -140,6 +148,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     watcher.cancel()
     traffic_task.result()
     ended = time.monotonic() - begin
+    stalls.stop()
     await traffic.wait_for_fits()
     await asyncio.sleep(5)
     tally = traffic.tally
@@ -162,7 +171,8 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "left_running": await traffic.metric("vllm:num_requests_running"),
         "p50_seconds_by_thirds": [round(float(np.quantile(each, 0.5)), 3) for each in thirds],
         "p99_seconds_by_thirds": [round(float(np.quantile(each, 0.99)), 3) for each in thirds],
-        "mib_before_and_after_every_length": [round(sum(each.values()) / 2**20, 1) for each in (before, after)],
+        "held_up": stalls.held_up(begin, begin + seconds),
+        "mib_before_and_after_warming_up": [round(sum(each.values()) / 2**20, 1) for each in (before, after)],
         "memory": slope(memory.totals(begin + seconds / 3))._asdict(),
         "mib_by_process": {
             "first_third": memory.by_name(begin, begin + seconds / 3),
@@ -191,6 +201,8 @@ def faults(result: dict[str, Any]) -> list[str]:
 def section(result: dict[str, Any]) -> str:
     """What the page says of a run."""
     memory, tail = result["memory"], result["p99_seconds_by_thirds"]
+    held = result["held_up"]
+    faulted = sum(each["major_faults"] for each in held)
     fives = sum(count for status, count in result["statuses"].items() if status.startswith("5"))
     rows = {
         "requests": f"{sum(result['statuses'].values()):,} in {result['minutes']:g} minutes; of the mix, "
@@ -203,8 +215,9 @@ def section(result: dict[str, Any]) -> str:
         "wrong receipts; texts that differ; facts lost": f"{result['wrong_receipts']}; {result['leaks']}; "
         f"{result['lost_facts']}",
         "99th percentile of completions, by thirds": ", ".join(f"{each:.2f} s" for each in tail),
-        "memory before and after prompts of every length": " and ".join(
-            f"{each:,.0f} MiB" for each in result["mib_before_and_after_every_length"]
+        f"seconds in which /livez took over {LONG} s, and major faults in them": f"{len(held)}; {faulted}",
+        "memory before and after every length and the bursts": " and ".join(
+            f"{each:,.0f} MiB" for each in result["mib_before_and_after_warming_up"]
         ),
         "memory of the last two thirds": f"{memory['mib']:,.0f} MiB; slope {memory['mib_per_hour']:+.1f} MiB an hour, "
         f"95% interval {memory['lowest']:+.1f} to {memory['highest']:+.1f}",
