@@ -5,14 +5,14 @@ answer is the likeliest of the relation's objects, by the logit of its first tok
 paraphrases of a fact with the same answer.
 
 On the first third of each relation's facts the layer is located and the features are chosen (methods/lf_steering.py);
-on the second their number and alpha, the most consistent setting that isn't less accurate than the unsteered model;
+on the second their number and alpha, with which the most pairs are both right, as any constant answer is consistent;
 the last is reported, with intervals over facts. `random` has as many features, drawn from those that fire, with the
 same gains and a choice of its own; `literal` is the paper's decode-and-replace with delta's choice, `reconstruction`
 the same with alpha 0. The SAE is that of benchmarks/lf_steering_sae.py. Writes results/lf_steering_effect.json and a
 section of docs/results.md. An interrupted run goes on behind the last setting, kept in --work.
 
     POLYHELM_BENCH_DATA=DATA .venv/bin/python benchmarks/lf_steering_effect.py --model polyhelm-data/models/smollm2 \\
-        --sae WORK/sae.18.safetensors --layer 18 --work WORK
+        --sae WORK/sae.13.safetensors --layer 13 --work WORK
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from server.models import model_identity
 
 RELATIONS = ("P36", "P407", "P495", "P159", "P17", "P364")
 """Capital, language of work, country of origin, headquarters, country, original language."""
-LAYER = 18
+LAYER = 13
 """Of the SAE, unless --layer says another: the one that the paraphrase classifier chose in SmolLM2."""
 COUNTS, ALPHAS = (16, 64), (0.25, 0.5, 1.0, 2.0, 8.0, 30.0)
 MAX_PATTERNS, PAIRS, SEED = 5, 300, 0
@@ -202,19 +202,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for count, alpha in itertools.product(COUNTS, ALPHAS):
             found = run(f"tune {arm} {count} {alpha:g}", tune, edit(f"{arm}.{count}", alpha, layer))
             curve.append({"arm": arm, "count": count, "alpha": alpha, **means(found)})
-        fair = [row for row in curve if row["arm"] == arm and row["right"] >= plain.right.mean()]
-        best[arm] = max(fair or [row for row in curve if row["arm"] == arm], key=lambda row: row["consistent"])
+        best[arm] = max((row for row in curve if row["arm"] == arm), key=lambda row: row["both_right"])
     count, alpha = best["delta"]["count"], best["delta"]["alpha"]
     upload(model, "literal", lf_steering.literal_rows(sae, chosen_features[count], alpha), layer)
     upload(model, "reconstruction", lf_steering.literal_rows(sae, chosen_features[count], 0.0), layer)
-    arms = {arm: edit(f"{arm}.{row['count']}", row["alpha"], layer) for arm, row in best.items()}
+    names = {arm: f"{arm} {row['count']} {row['alpha']:g}" for arm, row in best.items()}
+    names |= {"none": "none", "literal": f"literal {count} {alpha:g}", "reconstruction": f"reconstruction {count}"}
     arms = {
         "none": (),
-        **arms,
+        **{arm: edit(f"{arm}.{row['count']}", row["alpha"], layer) for arm, row in best.items()},
         "literal": edit("literal", 1.0, layer),
         "reconstruction": edit("reconstruction", 1.0, layer),
     }
-    reported = {arm: run(f"test {arm}", test, edits) for arm, edits in arms.items()}
+    # What is kept of a test has its setting in its name: another choice is another test.
+    reported = {arm: run(f"test {names[arm]}", test, edits) for arm, edits in arms.items()}
     others = [arm for arm in arms if arm != "delta"]
     return {
         "model": options.model.name,
@@ -260,8 +261,8 @@ def section(results: dict[str, Any]) -> str:
     more = "more" if against["low"] > 0 else "less" if against["high"] < 0 else "neither more nor less"
     control = results["delta_minus"]["random"]["consistent"]
     than = "more" if control["low"] > 0 else "less" if control["high"] < 0 else "neither more nor less"
-    fair = [row for row in results["tuning"]["curve"] if row["arm"] == "delta"]
-    kept = sum(row["right"] >= results["tuning"]["none"]["right"] for row in fair)
+    tried = [row for row in results["tuning"]["curve"] if row["arm"] == "delta"]
+    better = sum(row["both_right"] > results["tuning"]["none"]["both_right"] for row in tried)
     return f"""## LF-Steering: paraphrases of a fact
 
 `benchmarks/lf_steering_effect.py`: {results["model"]}, PARAREL, {len(counts["relations"])} relations
@@ -274,7 +275,8 @@ the relation's objects. {results["site"]}, every token but the first, the SAE of
 {chr(10).join(lines)}
 
 Steered answers to paraphrases agree {more} often than unsteered ones beyond the interval, and {than} often than with
-random features. {kept} of delta's {len(fair)} settings were at least as accurate as no steering on the tuning facts.
+random features. On the tuning facts more pairs were both right than without steering in {better} of delta's
+{len(tried)} settings.
 
 The paraphrase classifier is best at layer {probe["layer"]}: {probe["accuracy"]:.1%} on held-out pairs, where guessing
 gets {probe["majority"]:.1%}; at the SAE's layer {probe["accuracy_at_the_sae"]:.1%}.

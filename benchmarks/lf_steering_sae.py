@@ -182,7 +182,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--work", type=Path, required=True, help="folder for rows, checkpoint and SAE")
     parser.add_argument("--text", type=Path, default=data / "corpora" / "wikitext2" / "test.txt")
-    parser.add_argument("--layer", type=int, default=18)
+    parser.add_argument("--layer", type=int, default=13)
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--k", type=int, default=56)
     parser.add_argument("--architecture", choices=["topk", "jumprelu"], default="topk")

@@ -269,7 +269,7 @@ def measure(options: argparse.Namespace) -> None:
     }
     heads = int(json.loads((options.model / "config.json").read_text("utf-8"))["num_attention_heads"])
     # Of a prompt that is in the prefix cache only the last, unfinished block is run again: small ones are quick.
-    model = LocalModel(options.model, ("head_out",), 1024, 768, block_size=32)
+    model = LocalModel(options.model, ("head_out",), 2048, 768, block_size=32)
     sizes = options.fit, options.tune, options.test
     decisive = {"model": model_identity(str(options.model))["weights_digest"], "sizes": sizes, "seed": SEED}
     kept = Kept(options.work, "sadi_effect", decisive, len(tasks) * (len(settings()) + len(ARMS)))

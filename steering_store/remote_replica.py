@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import sqlite3
 import threading
@@ -27,7 +28,7 @@ from steering_store.aliases import Alias
 from steering_store.audit import Stated
 from steering_store.blobs import StagedFile, fsync
 from steering_store.db import connect, transaction
-from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, StoreError
+from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, RemoteUnavailable, StoreError
 from steering_store.garbage import GRACE_SECONDS, Garbage
 from steering_store.holders import holders
 from steering_store.manifest import Manifest, digest_of, read_manifest
@@ -40,8 +41,6 @@ from steering_store.remote_state import Event
 from steering_store.store import Store
 
 log = logging.getLogger(__name__)
-
-LOOK_AGAIN_SECONDS = 1.0
 
 
 class RemoteBackedStore(Store):
@@ -63,14 +62,24 @@ class RemoteBackedStore(Store):
         self._remote = remote
         self._blobs: RemoteBlobs = RemoteBlobs(root, remote, cache_bytes)
         self._root = root
-        self._refreshed_at = 0.0
+        self._began = -math.inf
+        """When the last refresh began."""
+        self._trouble: RemoteUnavailable | None = None
+        """Which it ended with."""
         self.refresh()
 
     def refresh(self) -> None:
         """Learn what has happened in the remote store since the last time."""
         with self._locked():
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self._began, self._trouble = time.monotonic(), None
+        try:
             self._catch_up()
-        self._refreshed_at = time.monotonic()
+        except RemoteUnavailable as error:
+            self._trouble = error
+            raise
 
     def follow(self, seconds: float) -> Callable[[], None]:
         """Refresh every so many seconds, in a thread of its own, until what this returns is called."""
@@ -96,14 +105,20 @@ class RemoteBackedStore(Store):
         return end
 
     def resolve(self, ref: str | Reference) -> ArtifactVersion:
-        """As in a local store; what isn't known is looked for in the remote store, at most once a second."""
-        try:
-            return super().resolve(ref)
-        except ArtifactNotFound:
-            if time.monotonic() - self._refreshed_at < LOOK_AGAIN_SECONDS:
-                raise
-        self.refresh()
-        return super().resolve(ref)
+        """As in a local store; what isn't known is looked for in the remote store. Raises RemoteUnavailable too."""
+        with suppress(ArtifactNotFound):
+            return self.known(ref)
+        self.learn()
+        return self.known(ref)
+
+    def learn(self) -> None:
+        """Refresh; of many threads that call this at once, one does it for all. Raises RemoteUnavailable."""
+        called = time.monotonic()
+        with self._locked():
+            if self._began < called:
+                self._refresh()
+            elif self._trouble is not None:
+                raise RemoteUnavailable(str(self._trouble)) from self._trouble
 
     def set_alias(
         self, name: str, alias: str, version: int, *, expected: str | None = None, **stated: Unpack[Stated]
@@ -163,7 +178,7 @@ class RemoteBackedStore(Store):
             return new_event(action, name, version=version, **stated)
 
         self._change(attempt)
-        return super().resolve(Reference(name, version))
+        return self.known(Reference(name, version))
 
     def _insert(
         self, name: str, manifest: Manifest, text: bytes, staged: Mapping[str, StagedFile], **stated: Unpack[Stated]
@@ -190,7 +205,7 @@ class RemoteBackedStore(Store):
         for file in staged.values():
             self._blobs.adopt(file)
         self._blobs.make_room()
-        return Publication(super().resolve(Reference(name, digest=digest)), created)
+        return Publication(self.known(Reference(name, digest=digest)), created)
 
     def _change(self, attempt: Callable[[sqlite3.Connection], Event | None]) -> None:
         """Append the event that `attempt` decides on, in a transaction that is undone, with all that happened before

@@ -120,7 +120,14 @@ class Store:
 
         Raises InvalidName, InvalidReference or ArtifactNotFound.
         """
+        return self.known(ref)
+
+    def known(self, ref: str | Reference) -> ArtifactVersion:
+        """As `resolve`, from what is known here, for callers that mustn't wait for another machine."""
         return self._remembered.get(str(ref), lambda db: version_of(find_row(db, _reference(ref))))
+
+    def learn(self) -> None:
+        """Learn of all that has been published until now, elsewhere too. Here there is no elsewhere."""
 
     def list_artifacts(
         self, *, kind: str | None = None, model: str | None = None, after: str | None = None, limit: int = 100

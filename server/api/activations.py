@@ -116,7 +116,7 @@ class _Capture:
         self._check_size(prompts)
         if self.body.steering is None:
             return await self._captured(prompts, folder, None)
-        prepared = self.polyhelm.steerer.prepare(self.body.steering)
+        prepared = await self.polyhelm.steerer.look_up_and_prepare(self.body.steering)
         try:
             await self._check(prepared, [len(ids) for ids in prompts])
             return await self._captured(prompts, folder, prepared)

@@ -60,7 +60,9 @@ class SteeringHandler:
         if getattr(request, "use_beam_search", False):
             raise ApiError(400, "steering doesn't work with beam search: set use_beam_search to false", "steering")
         with tracing.span("steering.resolve") as span:
-            prepared = self._steerer.prepare(raw, lambda: prompts_of(request, self._engine.tokenizer.decode))
+            prepared = await self._steerer.look_up_and_prepare(
+                raw, lambda: prompts_of(request, self._engine.tokenizer.decode)
+            )
             if span is not None:
                 span.set_attributes({"polyhelm.steering.fingerprint": prepared.program.fingerprint})
         try:

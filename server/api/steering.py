@@ -7,6 +7,7 @@ become (methods/kinds.py). Anything that can't be applied exactly as asked is an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
@@ -29,7 +30,7 @@ from server.engine.site_names import SiteNameError, parse_site, site_name
 from server.engine.spans import Span
 from server.tenants import check_visible
 from steering_store import ArtifactVersion, Store, parse_reference
-from steering_store.errors import StoreError
+from steering_store.errors import ArtifactNotFound, StoreError
 
 
 @dataclass
@@ -57,8 +58,16 @@ class Steerer:
     doses: Doses
     leases: Leases
 
+    async def look_up_and_prepare(self, raw: object, prompts: Prompts | None = None) -> Prepared:
+        """As `prepare`, but what isn't known here is looked for elsewhere first, while other requests go on."""
+        with suppress(ArtifactNotFound):
+            return self.prepare(raw, prompts)
+        await run_in_threadpool(self.store.learn)
+        return self.prepare(raw, prompts)
+
     def prepare(self, raw: object, prompts: Prompts | None = None) -> Prepared:
-        """Parse, resolve and compile. Raises ApiError or a StoreError that names the field.
+        """Parse, resolve and compile, of artifacts that are known here. Raises ApiError or a StoreError that names the
+        field.
 
         `prompts` has the texts by which the language is told where a preset asks for it and the request names none.
         """
@@ -151,7 +160,7 @@ class Steerer:
     def _resolve(self, draft: _Draft, reference: str, param: str) -> ArtifactVersion:
         try:
             check_visible(parse_reference(reference).name)
-            version = self.store.resolve(reference)
+            version = self.store.known(reference)
         except StoreError as error:
             error.param = param
             raise

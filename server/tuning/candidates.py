@@ -33,7 +33,7 @@ class Candidate:
         self._version = ArtifactVersion(name, 0, digest_of(content.digest()), parsed, created_at)
         self._tensors, self._store = tensors, store
 
-    def resolve(self, ref: str | Reference) -> ArtifactVersion:
+    def known(self, ref: str | Reference) -> ArtifactVersion:
         """The candidate by its name, anything else from the store."""
         return self._version if str(ref) == self._version.name else self._store.resolve(ref)
 

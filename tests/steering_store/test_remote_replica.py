@@ -3,16 +3,25 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Semaphore
+from threading import Event, Semaphore
 from typing import Any
 
 import pytest
 
 from steering_store import ABSENT, Store
-from steering_store.errors import ArtifactNotFound, CorruptArtifact, InUse, PreconditionFailed, StoreError, Yanked
+from steering_store.errors import (
+    ArtifactNotFound,
+    CorruptArtifact,
+    InUse,
+    PreconditionFailed,
+    RemoteUnavailable,
+    StoreError,
+    Yanked,
+)
 from steering_store.remote import RemoteStore
 from steering_store.remote_replica import RemoteBackedStore, open_store
 from steering_store.transfer import push
@@ -48,13 +57,45 @@ def test_what_one_machine_publishes_another_serves(
     assert there.verify() == []
 
 
-def test_unknown_reference_is_looked_for_at_once(
-    machine: Machine, manifest: dict[str, Any], vectors: Vectors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("steering_store.remote_replica.LOOK_AGAIN_SECONDS", 0)
+def test_what_is_new_elsewhere_is_found_at_once(machine: Machine, manifest: dict[str, Any], vectors: Vectors) -> None:
     here, there = machine("here"), machine("there")
-    here.publish("mood", manifest, vectors())
-    assert there.resolve("mood@1").version == 1
+    for version in (1, 2, 3):
+        here.publish("mood", manifest, vectors(float(version)))
+        assert there.resolve(f"mood@{version}").version == version
+        here.set_alias("mood", f"alias-{version}", version)
+        with pytest.raises(ArtifactNotFound):
+            there.known(f"mood@alias-{version}")
+        assert there.resolve(f"mood@alias-{version}").version == version
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_one_look_elsewhere_serves_all_who_wait_for_it(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    there, looks, called, ended = machine("there"), [], Semaphore(0), Event()
+    locked = there._locked
+
+    def events(position: int) -> Iterator[Any]:
+        looks.append(position)
+        assert ended.wait(60)
+        if away:
+            raise RemoteUnavailable("memory://x: away")
+        return iter(())
+
+    def counted() -> AbstractContextManager[None]:
+        called.release()
+        return locked()
+
+    monkeypatch.setattr(there._remote, "events", events)
+    monkeypatch.setattr(there, "_locked", counted)
+    with ThreadPoolExecutor(20) as pool:
+        waiting = [pool.submit(there.resolve, f"mood@{number}") for number in range(1, 21)]
+        for _ in waiting:
+            assert called.acquire(timeout=60)
+        ended.set()
+        expected = RemoteUnavailable if away else ArtifactNotFound
+        assert all(isinstance(each.exception(60), expected) for each in waiting)
+    assert len(looks) <= 2, "the one that was begun, and one for all who came since"
 
 
 def test_followers_learn_by_themselves(machine: Machine, manifest: dict[str, Any], vectors: Vectors) -> None:

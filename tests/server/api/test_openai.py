@@ -53,6 +53,9 @@ class Steerer:
     async def vectors(self) -> Any:
         return "the operand"
 
+    async def look_up_and_prepare(self, raw: object, prompts: Any = None) -> Prepared:
+        return self.prepare(raw, prompts)
+
     def prepare(self, raw: object, prompts: Any = None) -> Prepared:
         if raw == "bad":
             raise ApiError(422, "steering: bad", "steering")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -101,6 +103,32 @@ def test_artifact_strength_and_layers_become_an_edit(store: Store, steerer: Stee
     (applied,) = prepared.applied
     assert (applied.artifact, applied.version, applied.digest) == ("mood", 1, version.digest)
     assert (applied.sites, applied.strength, applied.op) == (["resid_post.2", "resid_post.5"], -2.0, "add_norm")
+
+
+def test_what_is_not_known_here_is_looked_for_elsewhere_while_other_requests_go_on(
+    store: Store, steerer: Steerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going_on, looks = Event(), []
+
+    def learn() -> None:
+        assert going_on.wait(60), "the event loop waits for another machine"
+        looks.append("mood")
+        publish(store)
+
+    monkeypatch.setattr(store, "learn", learn)
+    raw = {"interventions": [{"artifact": "mood"}]}
+
+    async def ask() -> None:
+        looking = asyncio.create_task(steerer.look_up_and_prepare(raw))
+        await asyncio.sleep(0)
+        going_on.set()
+        assert (await looking).program.edits == prepare(steerer).program.edits
+        await steerer.look_up_and_prepare(raw)
+        with pytest.raises(InvalidName):
+            await steerer.look_up_and_prepare({"interventions": [{"artifact": "a b"}]})
+
+    asyncio.run(ask())
+    assert looks == ["mood"], "what is known, or can't be, isn't looked for"
 
 
 def test_defaults_are_the_artifacts(store: Store, steerer: Steerer) -> None:

@@ -26,7 +26,7 @@ def candidate(store: Store, name: str = "new") -> tuple[Candidate, dict[str, np.
 
 def test_it_is_found_by_its_name_and_answers_as_the_store_would(store: Store) -> None:
     made, tensors = candidate(store)
-    version = made.resolve("new")
+    version = made.known("new")
     assert made.load_tensors(version).keys() == tensors.keys()
     wanted = {"3.encoder": [7, 2], "3.encoder_bias": None}
     found = made.load_tensors(version, wanted)
@@ -38,15 +38,15 @@ def test_it_is_found_by_its_name_and_answers_as_the_store_would(store: Store) ->
 
 def test_everything_else_comes_from_the_store(store: Store) -> None:
     made, tensors = candidate(store)
-    other = made.resolve("sae@1")
+    other = made.known("sae@1")
     assert other == store.resolve("sae@1")
     assert made.load_tensors(other, {"3.decoder": [1]})["3.decoder"].shape == (1, HIDDEN)
     with pytest.raises(ArtifactNotFound):
-        made.resolve("nothing")
+        made.known("nothing")
 
 
 def test_other_numbers_have_another_digest(store: Store) -> None:
     made, tensors = candidate(store)
-    fields = made.resolve("new").manifest.model_dump(mode="json", exclude_none=True)
+    fields = made.known("new").manifest.model_dump(mode="json", exclude_none=True)
     changed = Candidate("new", fields, {**tensors, "3.encoder": tensors["3.encoder"] + 1}, store)
-    assert changed.resolve("new").digest != made.resolve("new").digest
+    assert changed.known("new").digest != made.known("new").digest
