@@ -215,7 +215,7 @@ def section(result: dict[str, Any]) -> str:
         "wrong receipts; texts that differ; facts lost": f"{result['wrong_receipts']}; {result['leaks']}; "
         f"{result['lost_facts']}",
         "99th percentile of completions, by thirds": ", ".join(f"{each:.2f} s" for each in tail),
-        f"seconds in which /livez took over {LONG} s, and major faults in them": f"{len(held)}; {faulted}",
+        f"times that the machine, or /livez, was over {LONG} s late, and major faults then": f"{len(held)}; {faulted}",
         "memory before and after every length and the bursts": " and ".join(
             f"{each:,.0f} MiB" for each in result["mib_before_and_after_warming_up"]
         ),

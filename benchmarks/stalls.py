@@ -38,8 +38,15 @@ class Stalls(threading.Thread):
         self.looks: list[Look] = []
         self._url, self._server = url, psutil.Process(pid)
         self._stopped = threading.Event()
+        self._failed: Exception | None = None
 
     def run(self) -> None:
+        try:
+            self._look()
+        except Exception as error:
+            self._failed = error
+
+    def _look(self) -> None:
         with httpx.Client(base_url=self._url, timeout=300, trust_env=False) as client:
             before = self._faults()
             while not self._stopped.is_set():
@@ -52,8 +59,11 @@ class Stalls(threading.Thread):
                 before = faults
 
     def stop(self) -> None:
+        """Raises what a look failed with: what wasn't seen isn't told from what wasn't there."""
         self._stopped.set()
         self.join()
+        if self._failed is not None:
+            raise self._failed
 
     def held_up(self, begin: float, end: float) -> list[dict[str, float]]:
         """The looks in that time at which something took long, with seconds from `begin`."""

@@ -80,6 +80,10 @@ class RemoteBackedStore(Store):
         except RemoteUnavailable as error:
             self._trouble = error
             raise
+        except BaseException:
+            # Whoever waits for this one is to meet the trouble himself.
+            self._began = -math.inf
+            raise
 
     def follow(self, seconds: float) -> Callable[[], None]:
         """Refresh every so many seconds, in a thread of its own, until what this returns is called."""
