@@ -3,7 +3,7 @@ to admit a steered request.
 
 Two engines with the same settings, one without polyhelm, take turns in one run: each measurement of polyhelm is divided
 by the mean of the plain ones just before and after it, and the median ratio is reported with its quartiles. Both run
-eagerly.
+eagerly. That polyhelm's engine sleeps where plain vLLM's spins (server/engine/seams/waiting.py) is part of the ratio.
 
     make bench-setup && .venv/bin/python benchmarks/engine_overhead.py
 """

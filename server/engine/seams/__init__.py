@@ -11,6 +11,7 @@
 | `core` | `EngineCore.preprocess_add_request`, `Scheduler._free_request` … : hold operands for requests | engine core |
 | `prefix_key` | `generate_block_hash_extra_keys`: tag the blocks that a program touched | engine core |
 | `admission` | `InputProcessor.process_inputs`: refuse programs that can't act on their prompt | API |
+| `waiting` | `SpinCondition.wait`: sleep, on CPUs, where it would spin | engine core, worker |
 
 That they work, and not only that they are in place, is checked by `probe.py` before the server says it is ready.
 """
@@ -48,11 +49,11 @@ def patch() -> None:
     """Install the seams of this process; idempotent. SeamError when vLLM differs from what they were written for."""
     import vllm
 
-    from server.engine.seams import admission, core, endpoints, engine_config, install, prefix_key
+    from server.engine.seams import admission, core, endpoints, engine_config, install, prefix_key, waiting
 
     if vllm.__version__ not in SUPPORTED_VLLM:
         _check_untested(vllm.__version__)
-    for seam in (engine_config, endpoints, install, core, admission):
+    for seam in (engine_config, endpoints, install, core, admission, waiting):
         seam.patch()
     if os.environ.get(PREFIX_CACHE) == "cache_salt":
         return

@@ -93,6 +93,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "vllm.config.SchedulerConfig": "max_num_seqs",
         "vllm.config.DeviceConfig": "device",
     },
+    "waiting": {"vllm.distributed.device_communicators.shm_broadcast.SpinCondition": "busy_loop_s last_read"},
     "worker": {"vllm.v1.worker.gpu_worker.Worker": "model_runner"},
 }
 
@@ -127,6 +128,10 @@ CALLERS: dict[str, dict[str, str]] = {
         "vllm.v1.worker.gpu_model_runner.GPUModelRunner.execute_model": "self._prepare_inputs self._update_states",
     },
     "runner_v2": {"vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model": "self.prepare_inputs"},
+    "waiting": {
+        "vllm.distributed.device_communicators.shm_broadcast.MessageQueue.acquire_read": "self._spin_condition.wait",
+        "vllm.distributed.device_communicators.shm_broadcast.MessageQueue.enqueue": "self._spin_condition.notify",
+    },
 }
 
 # Every module that imports a function by its name, and so has to be patched as well.
