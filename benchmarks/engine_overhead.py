@@ -340,6 +340,9 @@ def page(results: dict[str, Any]) -> str:
             f"API {cell(host['api'], 3)}, engine core {cell(host['engine core'], 3)}, "
             f"worker {cell(host['worker'], 3)}; together {host['total_median_ms']:.3f} (goal: 0.3).",
             "",
+            "On CPUs polyhelm's engine processes sleep while they wait for each other, where vLLM's spin for up to a "
+            "second: on few cores that leaves time to the model and to those that answer requests.",
+            "",
             "On a GPU the speed is unmeasured: none was at hand. `benchmarks/gpu_overhead.py` measures it.",
             "",
             f"Measured {describe(env)}. Run it yourself: "
