@@ -36,10 +36,14 @@ class Item(NamedTuple):
     portability: QA
 
 
-def folder() -> Path:
+def data() -> Path:
     if "POLYHELM_BENCH_DATA" not in os.environ:
         raise SystemExit("set POLYHELM_BENCH_DATA to the folder that has editing/mzsre in it")
-    return Path(os.environ["POLYHELM_BENCH_DATA"]) / "editing" / "mzsre"
+    return Path(os.environ["POLYHELM_BENCH_DATA"])
+
+
+def folder() -> Path:
+    return data() / "editing" / "mzsre"
 
 
 def items() -> list[dict[str, Item]]:

@@ -31,7 +31,7 @@ import numpy as np
 from cached_encoder import CachedEncoder
 from environment import describe, environment
 from lm_answers import Answers, Asked
-from remake_scope import DIRECTIONS, deciders
+from remake_scope import COLUMNS, DIRECTIONS, fitted_decider, training_groups
 from results_page import publish
 from spread import paired
 
@@ -303,7 +303,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--items", type=int, default=50, help="of the 200 test items")
     parser.add_argument("--dev", action="store_true", help="on the items for choosing")
-    parser.add_argument("--decider", choices=("head", "thresholds", "shipped"), default="head")
+    parser.add_argument("--decider", choices=tuple(COLUMNS), default="head")
     parser.add_argument("--output", type=Path, help="write the results there, and no section of docs/results.md")
     parser.add_argument("--directions", nargs="+", default=[f"{a}>{b}" for a, b in DIRECTIONS], metavar="en>de")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -326,9 +326,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     encoder = CachedEncoder(encoders.load("e5-small"), options.cache)
-    decider = deciders(encoder, options.training)[options.decider]
+    groups = training_groups(encoder, options.training)
+    chosen = fitted_decider(options.decider, groups, encoder.identity, cache=options.cache)
     with tempfile.TemporaryDirectory() as folder:
-        asked = list(tasks(options, encoder, decider, folder))
+        asked = list(tasks(options, encoder, chosen, folder))
     log = Log(options.log, options.model)
     run(options, asked, log)
     report = summary(marks(asked, log), options.arms)

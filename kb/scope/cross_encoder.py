@@ -83,7 +83,7 @@ class CrossEncoderDecider:
         seed: int = 0,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Fine-tune on the matches, each beside near misses, with the paper's optimiser: AdamW, weight decay 0.01,
+        """Fine-tune on these questions, each beside near misses, with the paper's optimiser: AdamW, weight decay 0.01,
         gradients clipped at 1, the rate rising over the first tenth of the steps and falling to 0.
 
         The words' own embeddings stay: they are most of the weights, and no training has seen every name.
@@ -130,15 +130,12 @@ class CrossEncoderDecider:
 
 
 def _rows(asked: Sequence[Situation], random: np.random.Generator) -> list[tuple[str, str, float]]:
-    """Fact, question and whether they match. A question whose fact isn't there would only add to the many misses, and
-    where each group has one question in a language, that language's own pairs would all be misses.
-    """
+    """Fact, question and whether they match; of a question that matches none, only the nearest fact."""
     rows = []
     for each in asked:
         matches, others = np.flatnonzero(each.matches), np.flatnonzero(~each.matches)
-        if len(matches):
-            picked = [*matches, *random.permutation(others)[:OTHERS]]
-            rows += [(each.candidates[n].text, each.question.text, float(each.matches[n])) for n in picked]
+        picked = [*matches, *random.permutation(others)[:OTHERS]] if len(matches) else others[:1]
+        rows += [(each.candidates[n].text, each.question.text, float(each.matches[n])) for n in picked]
     return rows
 
 

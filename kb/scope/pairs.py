@@ -1,4 +1,5 @@
-"""Pairs to learn from: questions in several languages that ask for the same thing, and their near misses."""
+"""Pairs to learn from: questions in several languages that ask for the same thing, their near misses, and questions
+that no fact answers."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from kb.scope.base import ScopeError, Text
 
 CANDIDATES = 4
 MIN_GROUPS = 50
+OWN_LANGUAGE = 0.2
+"""Share of the collections that a question out of scope is asked of which are in its own language."""
 
 
 class Group(NamedTuple):
@@ -30,25 +33,44 @@ class Situation(NamedTuple):
     matches: np.ndarray
 
 
-def read_groups(path: Path) -> list[Group]:
-    """From JSON lines: {"questions": {"en": "...", "de": ["...", "..."]}}. Raises ScopeError, which names the line."""
-    groups = []
+class Questions(NamedTuple):
+    """What a file gives to learn from: groups, and questions that no fact answers, each with its language."""
+
+    groups: Sequence[Group]
+    out_of_scope: Sequence[tuple[str, str]] = ()
+
+
+def read_questions(path: Path) -> Questions:
+    """From JSON lines: {"questions": {"en": "...", "de": ["...", "..."]}} asks for one thing, {"out_of_scope": {...}}
+    for anything else. Raises ScopeError, which names the line.
+    """
+    groups: list[Group] = []
+    out_of_scope: list[tuple[str, str]] = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
-            questions = json.loads(line)["questions"]
-            group = Group(tuple((text, language) for language in questions for text in _texts(questions[language])))
+            ((kind, texts),) = json.loads(line).items()
+            found = [(text, language) for language in texts for text in _texts(texts[language])]
+            if kind not in ("questions", "out_of_scope"):
+                raise ValueError(f"{kind!r} is neither")
+            if not found:
+                raise ValueError("there is no question in it")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ScopeError(
-                f'line {number} isn\'t {{"questions": {{"en": "...", "de": ["...", "..."]}}}}: {error}'
+                f'line {number} is neither {{"questions": {{"en": "...", "de": ["...", "..."]}}}} nor'
+                f' {{"out_of_scope": {{"en": "..."}}}}: {error}'
             ) from None
-        if len(group.questions) < 2:
+        if kind == "out_of_scope":
+            out_of_scope += found
+            continue
+        if len(found) < 2:
             raise ScopeError(f"line {number} asks in one way only: give at least two questions for the same thing")
-        groups.append(group)
+        groups.append(Group(tuple(found)))
     if len(groups) < MIN_GROUPS:
         raise ScopeError(
-            f"{len(groups)} lines: give at least {MIN_GROUPS}, so that there are near misses to learn from"
+            f'{len(groups)} lines with "questions": give at least {MIN_GROUPS}, so that there are near misses to learn'
+            " from"
         )
-    return groups
+    return Questions(groups, out_of_scope)
 
 
 def _texts(value: object) -> list[str]:
@@ -59,19 +81,25 @@ def _texts(value: object) -> list[str]:
 
 
 class Encoded(NamedTuple):
-    """Groups with the vectors [questions, dimension] of each."""
+    """Groups with the vectors [questions, dimension] of each, and questions that none of them answers."""
 
     groups: Sequence[Group]
     vectors: Sequence[np.ndarray]
+    out_of_scope: Sequence[Text] = ()
 
-    def part(self, numbers: Sequence[int] | np.ndarray) -> Encoded:
-        return Encoded([self.groups[n] for n in numbers], [self.vectors[n] for n in numbers])
+    def part(self, numbers: Sequence[int] | np.ndarray, out_of_scope: Sequence[Text] = ()) -> Encoded:
+        """Groups by number, with these questions beside them."""
+        return Encoded([self.groups[n] for n in numbers], [self.vectors[n] for n in numbers], out_of_scope)
 
 
-def encode(groups: Sequence[Group], encoder: Encoder) -> Encoded:
-    rows = encoder.encode_queries([text for group in groups for text, _ in group.questions])
+def encode(questions: Questions, encoder: Encoder) -> Encoded:
+    groups = questions.groups
+    asked = [text for group in groups for text, _ in group.questions]
+    rows = encoder.encode_queries([*asked, *(text for text, _ in questions.out_of_scope)])
     ends = np.cumsum([len(group.questions) for group in groups])
-    return Encoded(groups, np.split(rows, ends[:-1]))
+    *vectors, others = np.split(rows, ends)
+    out_of_scope = [Text(text, language, row) for (text, language), row in zip(questions.out_of_scope, others, strict=True)]
+    return Encoded(groups, vectors, out_of_scope)
 
 
 def situations(
@@ -101,10 +129,8 @@ def situations(
                 position = int(np.flatnonzero(own)[0])
                 scores[position] = vectors[position] @ vector if group.questions[asked] != facts[position] else -2
             if small and random.random() < small:
-                kept = random.random(len(scores)) < len(scores) ** -random.random()
-                scores[~kept & ~own] = -2
-            nearest = np.argsort(-scores)[:CANDIDATES]
-            nearest = nearest[scores[nearest] > -2]
+                scores[~_sample(len(scores), random) & ~own] = -2
+            nearest = _nearest(scores)
             if not len(nearest):
                 continue
             # Two groups may ask for the same thing in this language.
@@ -112,6 +138,35 @@ def situations(
             matches = np.array([owners[n] == number or facts[n][0] in wording for n in nearest])
             candidates = tuple(Text(facts[n][0], facts[n][1], vectors[n]) for n in nearest)
             yield Situation(Text(text[0], text[1], vector), candidates, matches)
+
+
+def out_of_scope(encoded: Encoded, *, per_question: int, seed: int, small: float = 0.0) -> Iterator[Situation]:
+    """The questions that no group answers, asked of the same collections, often of one in another language."""
+    random = np.random.default_rng(seed)
+    collections = _collections(encoded)
+    languages = sorted(collections)
+    for question in encoded.out_of_scope:
+        for _ in range(per_question):
+            own = question.language in collections and random.random() < OWN_LANGUAGE
+            facts, _, vectors = collections[question.language if own else str(random.choice(languages))]
+            scores = vectors @ question.vector
+            if small and random.random() < small:
+                scores[~_sample(len(scores), random)] = -2
+            nearest = _nearest(scores)
+            if len(nearest):
+                candidates = tuple(Text(facts[n][0], facts[n][1], vectors[n]) for n in nearest)
+                yield Situation(question, candidates, np.zeros(len(nearest), bool))
+
+
+def _sample(number: int, random: np.random.Generator) -> np.ndarray:
+    """bool [number], which of that many facts are there: from about one to all."""
+    return np.asarray(random.random(number) < number ** -random.random())
+
+
+def _nearest(scores: np.ndarray) -> np.ndarray:
+    """Numbers of facts by falling score, CANDIDATES at most; -2 stands for one that isn't there."""
+    nearest = np.argsort(-scores)[:CANDIDATES]
+    return np.asarray(nearest[scores[nearest] > -2])
 
 
 def _collections(encoded: Encoded) -> dict[str, tuple[list[tuple[str, str]], np.ndarray, np.ndarray]]:

@@ -14,7 +14,7 @@ from kb.scope.cross_encoder import CrossEncoderDecider
 from kb.scope.features import features
 from kb.scope.head import HeadDecider
 from kb.scope.network import LIMIT, Network
-from kb.scope.pairs import Encoded, situations
+from kb.scope.pairs import Encoded, out_of_scope, situations
 from kb.scope.space import Space
 from kb.scope.threshold import Judged, ThresholdDecider, calibrate
 from kb.scope.words import Rarity
@@ -27,6 +27,8 @@ BATCH = 512
 PENALTY = 1e-2
 PER_GROUP = 12
 """Situations that are made of each group."""
+PER_OTHER = 2
+"""Situations that are made of each question out of scope."""
 SMALL = 0.3
 """Share of these in small collections, where even the nearest fact may be far away."""
 MIN_CENTRED = 20
@@ -43,12 +45,13 @@ Report = Callable[[str], None]
 
 
 class Quality(NamedTuple):
-    """On held-out groups: questions about a fact that were taken to be, with the right one; and those that were, with
-    their own fact left out.
+    """On held-out questions: those about a fact that were taken to be, with the right one; those that were, with their
+    own fact left out; and those out of scope that were, None where there are none.
     """
 
     recall: float
     false_fires: float
+    out_of_scope: float | None
 
 
 def fit_threshold(encoded: Encoded, encoder: EncoderIdentity, *, false_fires: float, seed: int = 0) -> ThresholdDecider:
@@ -74,14 +77,16 @@ def fit_head(
     """
     learned, kept = split(encoded, seed)
     rarity = Rarity.of(text for group in encoded.groups for text, _ in group.questions)
-    halves = [learned.part(numbers) for numbers in np.array_split(np.arange(len(learned.groups)), 2)]
+    numbers = np.array_split(np.arange(len(learned.groups)), 2)
+    halves = [learned.part(each, learned.out_of_scope) for each in numbers]
     report("learning a space that tells facts apart")
     spaces = [fit_space(each, seed) for each in halves]
     space = fit_space(learned, seed)
     report("reading pairs and their near misses")
     rows, labels = [], []
     for half, other in zip(halves, reversed(spaces), strict=True):
-        for each in situations(half, per_group=PER_GROUP, seed=seed, small=SMALL):
+        asked = situations(half, per_group=PER_GROUP, seed=seed, small=SMALL)
+        for each in (*asked, *out_of_scope(half, per_question=PER_OTHER, seed=seed, small=SMALL)):
             rows.append(features(each.question, each.candidates, rarity, other))
             labels.append(each.matches)
     report(f"learning the decision from {sum(len(each) for each in rows)} pairs")
@@ -97,17 +102,23 @@ def fit_head(
 
 
 def split(encoded: Encoded, seed: int) -> tuple[Encoded, Encoded]:
-    """Groups to learn from, and groups to set the decision on."""
+    """Groups to learn from, and groups to set the decision on: their near misses, which are nearer than what is out of
+    scope."""
     order = np.random.default_rng(seed).permutation(len(encoded.groups))
     held = max(int(HELD_OUT * len(order)), 10)
-    return encoded.part(order[:-held]), encoded.part(order[-held:])
+    return encoded.part(order[:-held], encoded.out_of_scope), encoded.part(order[-held:])
 
 
 def fit_reader(encoded: Encoded, model: str, *, report: Report, seed: int = 0) -> CrossEncoderDecider:
     """A cross-encoder, from a folder, a hub id or `e5-small`. Hours on a CPU for a large one."""
     reader = CrossEncoderDecider(model)
-    asked = list(situations(encoded, per_group=READ, seed=seed, small=SMALL, first=FIRST))
-    report(f"fine-tuning a cross-encoder on {sum(each.matches.any() for each in asked)} questions")
+    # A question whose fact isn't there would only add to the many misses, and where each group has one question in a
+    # language, that language's own pairs would all be misses.
+    asked = [
+        each for each in situations(encoded, per_group=READ, seed=seed, small=SMALL, first=FIRST) if each.matches.any()
+    ]
+    asked += out_of_scope(encoded, per_question=PER_OTHER, seed=seed, small=SMALL)
+    report(f"fine-tuning a cross-encoder on {len(asked)} questions")
     reader.fit(asked, seed=seed, report=report)
     return reader
 
@@ -165,7 +176,11 @@ def quality(decider: Decider, encoded: Encoded, seed: int = 2) -> Quality:
             right.append(fires and each.matches[int(judged.argmax())])
         else:
             wrong.append(fires)
-    return Quality(float(np.mean(right)), float(np.mean(wrong)))
+    others = [
+        bool(decider.probabilities(each.question, each.candidates).max() >= 0.5)
+        for each in out_of_scope(encoded, per_question=PER_OTHER, seed=seed)
+    ]
+    return Quality(float(np.mean(right)), float(np.mean(wrong)), float(np.mean(others)) if others else None)
 
 
 def fit_space(encoded: Encoded, seed: int) -> Space:

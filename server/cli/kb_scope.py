@@ -15,7 +15,10 @@ from server.settings import Settings
 def train_scope(
     questions: Annotated[
         Path,
-        typer.Argument(help='JSON lines: {"questions": {"en": "...", "de": ["...", "..."]}}, all asking the same.'),
+        typer.Argument(
+            help='JSON lines: {"questions": {"en": "...", "de": ["...", "..."]}}, all asking the same; and, if you have'
+            ' them, {"out_of_scope": {"en": ["...", "..."]}}, which ask for nothing that is known.'
+        ),
     ],
     output: Annotated[
         Path, typer.Option(envvar="POLYHELM_OUTPUT", help="The folder to write; POLYHELM_KB_SCOPE names it.")
@@ -52,8 +55,8 @@ def train_scope(
 ) -> None:
     """Fit a scope decider on questions that ask for the same thing in different words or languages.
 
-    The nearest other questions are the near misses that it learns to refuse. A tenth of the lines is held out, and what
-    the decider makes of it is printed.
+    The nearest other questions are the near misses that it learns to refuse. A tenth of the lines, and of the questions
+    out of scope, is held out, and what the decider makes of it is printed.
     """
     import numpy as np
 
@@ -62,13 +65,15 @@ def train_scope(
 
     report = Reporter()
     try:
-        groups = pairs.read_groups(questions)
+        read = pairs.read_questions(questions)
         loaded = encoders.load(encoder)
-        report.step(f"encoding the questions of {len(groups)} lines")
-        encoded = pairs.encode(groups, loaded)
-        order = np.random.default_rng(seed).permutation(len(groups))
-        held = max(len(groups) // 10, 10)
-        fit, rest = encoded.part(order[held:]), encoded.part(order[:held])
+        lines = len(read.groups)
+        report.step(f"encoding the questions of {lines} lines")
+        encoded = pairs.encode(read, loaded)
+        order = np.random.default_rng(seed).permutation(lines)
+        held = max(lines // 10, 10)
+        fit = encoded.part(order[held:], [each for n, each in enumerate(encoded.out_of_scope) if n % 10])
+        rest = encoded.part(order[:held], encoded.out_of_scope[::10])
         decider: storage.Storable
         if kind == "threshold":
             decider = training.fit_threshold(fit, loaded.identity, false_fires=false_fires, seed=seed)
@@ -83,7 +88,13 @@ def train_scope(
                 report.step("weighing the two")
                 decider = training.fit_cascade(kept, head, reader, false_fires=false_fires, seed=seed)
         measured = training.quality(decider, rest)._asdict()
-        notes = {"questions": questions.name, "lines": len(groups), "false_fires": false_fires, "held_out": measured}
+        notes = {
+            "questions": questions.name,
+            "lines": lines,
+            "out_of_scope": len(encoded.out_of_scope),
+            "false_fires": false_fires,
+            "held_out": measured,
+        }
         storage.save(decider, output, notes)
     except (ScopeError, encoders.EncoderError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
@@ -91,5 +102,7 @@ def train_scope(
     if as_json:
         print_json({"output": str(output), "kind": decider.name, "held_out": measured})
     else:
-        typer.echo(f"{output}: of {held} lines held out, recall {measured['recall']:.3f}, ", nl=False)
-        typer.echo(f"false fires {measured['false_fires']:.3f} where the fact isn't there")
+        fires = f"false fires {measured['false_fires']:.3f} where the fact isn't there"
+        if rest.out_of_scope:
+            fires += f" and {measured['out_of_scope']:.3f} on questions out of scope"
+        typer.echo(f"{output}: of {held} lines held out, recall {measured['recall']:.3f}, {fires}")

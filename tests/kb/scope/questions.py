@@ -1,8 +1,10 @@
-"""Questions made up here: 12 relations in three languages about people whose names are respelled in Cyrillic."""
+"""Questions made up here: 6 relations in three languages about people whose names are respelled in Cyrillic, and
+questions about the same people that none of them answers."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from kb.scope.pairs import Group
 
@@ -14,6 +16,12 @@ RELATIONS = (
     ("What language does {} speak?", "Welche Sprache spricht {}?", "На каком языке говорит {}?"),
     ("Which team does {} play for?", "Für welches Team spielt {}?", "За какую команду играет {}?"),
     ("What is the religion of {}?", "Welcher Religion gehört {} an?", "Какую религию исповедует {}?"),
+)
+ASIDE = (
+    ("How tall is the statue of {}?", "Wie hoch ist die Statue von {}?"),
+    ("Where can I buy a poster of {}?", "Wo gibt es ein Poster von {}?"),
+    ("Is there a street named after {}?", "Gibt es eine Straße, die nach {} heißt?"),
+    ("Who plays {} in the film?", "Wer spielt {} im Film?"),
 )
 SYLLABLES = ("ba", "den", "fir", "gol", "kam", "lis", "mor", "nak", "pel", "rud", "sov", "tiz", "vun", "zer")
 
@@ -28,4 +36,16 @@ def groups(number: int, seed: int) -> list[Group]:
         made.append(
             Group(((english.format(name), "en"), (german.format(name), "de"), (russian.format(respelled), "ru")))
         )
+    return made
+
+
+def aside(known: Sequence[Group], seed: int) -> list[tuple[str, str]]:
+    """About the subject of each group a question that isn't the group's, in one of two languages."""
+    pick = random.Random(seed)
+    made = []
+    for group in known:
+        words = group.questions[0][0].rstrip("?").split()
+        name = " ".join([word for word in words if word[0].isupper()][1:])
+        language = pick.randrange(2)
+        made.append((pick.choice(ASIDE)[language].format(name), ("en", "de")[language]))
     return made

@@ -14,7 +14,7 @@ from kb.scope import ScopeError
 from kb.scope.cascade import DOUBT, READ, CascadeDecider, Weights, doubted
 from kb.scope.cross_encoder import CrossEncoderDecider
 from kb.scope.head import HeadDecider
-from kb.scope.pairs import Encoded, Situation, encode, situations
+from kb.scope.pairs import Encoded, Questions, Situation, encode, situations
 from kb.scope.storage import SETTINGS, load, save
 from kb.scope.training import fit_cascade, fit_head, fit_weights, split
 from tests.kb.scope.cross_encoders import untrained
@@ -27,7 +27,7 @@ FALSE_FIRES = 0.05
 
 @pytest.fixture(scope="module")
 def known() -> Encoded:
-    return encode(groups(80, seed=0), ENCODER)
+    return encode(Questions(groups(80, seed=0)), ENCODER)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def cascade(known: Encoded, head: HeadDecider, reader: CrossEncoderDecider) -> C
 
 @pytest.fixture(scope="module")
 def asked() -> list[Situation]:
-    return list(situations(encode(groups(40, seed=1), ENCODER), per_group=8, seed=2))
+    return list(situations(encode(Questions(groups(40, seed=1)), ENCODER), per_group=8, seed=2))
 
 
 def test_where_the_head_is_sure_it_decides(

@@ -47,6 +47,15 @@ def test_fitting_leaves_the_words_embeddings_as_they_were(tmp_path: Path) -> Non
     assert (words == before[0]).all() and (others != before[1]).any()
 
 
+def test_it_learns_from_questions_that_are_about_no_fact(tmp_path: Path) -> None:
+    made = CrossEncoderDecider(str(untrained(tmp_path, WORDS)))
+    facts = tuple(Text(f"who wrote {book}?", "en", NOTHING) for book in ("faust", "hamlet"))
+    question = Text("who wrote macbeth?", "en", NOTHING)
+    (before,) = made.log_odds(question, facts[:1])
+    made.fit([Situation(question, facts, np.zeros(2, bool))] * 16, epochs=4, rate=3e-3)
+    assert made.log_odds(question, facts[:1])[0] < before - 1
+
+
 def test_it_survives_a_folder(decider: CrossEncoderDecider, tmp_path: Path) -> None:
     save(decider, tmp_path / "scope")
     loaded = load(tmp_path / "scope")

@@ -13,23 +13,23 @@ from kb.encoders import load as load_encoder
 from kb.encoders.base import EncoderIdentity
 from kb.scope import Decider, ScopeError, Text
 from kb.scope.head import HeadDecider
-from kb.scope.pairs import CANDIDATES, Encoded, encode, read_groups, situations
+from kb.scope.pairs import CANDIDATES, Encoded, Questions, encode, out_of_scope, read_questions, situations
 from kb.scope.storage import SETTINGS, TENSORS, load, save
 from kb.scope.threshold import Judged, ThresholdDecider, calibrate
 from kb.scope.training import fit_head, fit_threshold, quality
-from tests.kb.scope.questions import groups
+from tests.kb.scope.questions import aside, groups
 
 ENCODER = load_encoder("e5-small")
 
 
 @pytest.fixture(scope="module")
 def known() -> Encoded:
-    return encode(groups(80, seed=0), ENCODER)
+    return encode(Questions(groups(80, seed=0)), ENCODER)
 
 
 @pytest.fixture(scope="module")
 def unknown() -> Encoded:
-    return encode(groups(40, seed=1), ENCODER)
+    return encode(Questions(groups(40, seed=1)), ENCODER)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,34 @@ def test_the_head_is_silent_on_questions_about_something_else(head: HeadDecider,
         near = sorted(told[:facts], key=lambda each: -float(each[1] @ vector))[:CANDIDATES]
         candidates = [Text(*question, row) for question, row in near]
         assert head.probabilities(Text(text, None, vector), candidates).max() < 0.5
+
+
+def test_what_is_out_of_scope_matches_nothing_and_is_asked_of_facts_in_all_languages(known: Encoded) -> None:
+    beside = encode(Questions(known.groups, [*aside(known.groups, seed=2), ("Ce este un nor?", "ro")]), ENCODER)
+    found = list(out_of_scope(beside, per_question=4, seed=0))
+    assert [each.question for each in found[::4]] == list(beside.out_of_scope)
+    assert not any(each.matches.any() for each in found)
+    assert {candidate.language for each in found for candidate in each.candidates} == {"en", "de", "ru"}
+    for each in found:
+        cosines = [float(candidate.vector @ each.question.vector) for candidate in each.candidates]
+        assert len(cosines) == CANDIDATES and cosines == sorted(cosines, reverse=True)
+    assert {len(each.candidates) for each in out_of_scope(beside, per_question=4, seed=0, small=1.0)} == {1, 2, 3, 4}
+    assert not list(out_of_scope(known, per_question=4, seed=0))
+
+
+def test_a_head_that_learned_from_questions_out_of_scope_fires_on_fewer_of_them(
+    known: Encoded, unknown: Encoded, head: HeadDecider
+) -> None:
+    """They name a fact's subject, and ask for something else: nothing among the groups is like it."""
+    taught, untaught = (
+        encode(Questions(each.groups, aside(each.groups, seed)), ENCODER) for each, seed in ((known, 3), (unknown, 4))
+    )
+    taught_head = fit_head(taught, ENCODER.identity, false_fires=0.05, report=lambda text: None)
+    before, after = quality(head, untaught), quality(taught_head, untaught)
+    assert before.out_of_scope is not None and after.out_of_scope is not None
+    assert after.out_of_scope < before.out_of_scope / 2
+    assert after.recall > 0.8 * before.recall
+    assert quality(head, unknown).out_of_scope is None
 
 
 def test_one_candidate_and_an_empty_question_can_be_judged(head: HeadDecider) -> None:
@@ -179,17 +207,40 @@ def test_a_damaged_folder_is_refused(head: HeadDecider, tmp_path: Path, damage: 
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", '{"questions": {"en": "one"}}', '{"questions": {"en": [1, 2]}}', '{"questions": "en"}', '{"q": 1}'],
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"questions": {"en": "one"}}',
+        '{"questions": {"en": [1, 2]}}',
+        '{"questions": "en"}',
+        '{"q": {"en": ["a?", "b?"]}}',
+        '{"questions": {"en": ["a?", "b?"]}, "out_of_scope": {"en": "c?"}}',
+        '{"out_of_scope": {"en": [" "]}}',
+        '{"out_of_scope": {"en": []}}',
+        '{"out_of_scope": ["c?"]}',
+    ],
 )
 def test_a_bad_line_of_questions_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text('{"questions": {"en": ["a?", "b?"]}}\n' + line)
     with pytest.raises(ScopeError, match="line 2"):
-        read_groups(file)
+        read_questions(file)
+
+
+def test_questions_out_of_scope_stand_beside_groups_and_do_not_count_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    lines = ['{"out_of_scope": {"en": "c?", "de": ["d?", "e?"]}}', '{"questions": {"en": ["a?", "b?"]}}']
+    file.write_text("\n".join(lines * 50))
+    read = read_questions(file)
+    assert len(read.groups) == 50 and read.out_of_scope == [("c?", "en"), ("d?", "de"), ("e?", "de")] * 50
+    file.write_text("\n".join(lines * 49))
+    with pytest.raises(ScopeError, match="49 lines"):
+        read_questions(file)
 
 
 def test_too_few_lines_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text('{"questions": {"en": "a?", "de": "b?"}}\n' * 10)
     with pytest.raises(ScopeError, match="10 lines"):
-        read_groups(file)
+        read_questions(file)

@@ -14,7 +14,7 @@ from kb.scope.storage import load
 from server.cli import app
 from tests.kb.ngrams import Ngrams
 from tests.kb.scope.cross_encoders import untrained
-from tests.kb.scope.questions import groups
+from tests.kb.scope.questions import aside, groups
 
 
 @pytest.fixture
@@ -58,6 +58,19 @@ def test_a_head_is_trained_and_knows_its_encoder(questions: Path, tmp_path: Path
     decider = load(folder)
     assert json.loads(printed)["kind"] == decider.name == "head"
     assert decider.encoder == Ngrams("e5-small").identity
+    assert json.loads(printed)["held_out"]["out_of_scope"] is None
+
+
+@pytest.mark.usefixtures("small_encoder")
+def test_questions_out_of_scope_are_learned_from_and_counted_apart(questions: Path, tmp_path: Path) -> None:
+    with questions.open("a", encoding="utf-8") as file:
+        for text, language in aside(groups(60, seed=3), seed=4):
+            file.write("\n" + json.dumps({"out_of_scope": {language: text}}, ensure_ascii=False))
+    code, printed, message = run(questions, "--output", tmp_path / "scope")
+    assert code == 0, message
+    assert "on questions out of scope" in printed
+    notes = json.loads((tmp_path / "scope" / "scope.json").read_text())["notes"]
+    assert notes["lines"] == notes["out_of_scope"] == 60 and 0 <= notes["held_out"]["out_of_scope"] <= 0.5
 
 
 @pytest.mark.usefixtures("small_encoder")
