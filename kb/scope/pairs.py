@@ -98,7 +98,9 @@ def encode(questions: Questions, encoder: Encoder) -> Encoded:
     rows = encoder.encode_queries([*asked, *(text for text, _ in questions.out_of_scope)])
     ends = np.cumsum([len(group.questions) for group in groups])
     *vectors, others = np.split(rows, ends)
-    out_of_scope = [Text(text, language, row) for (text, language), row in zip(questions.out_of_scope, others, strict=True)]
+    out_of_scope = [
+        Text(text, language, row) for (text, language), row in zip(questions.out_of_scope, others, strict=True)
+    ]
     return Encoded(groups, vectors, out_of_scope)
 
 
@@ -147,8 +149,10 @@ def out_of_scope(encoded: Encoded, *, per_question: int, seed: int, small: float
     languages = sorted(collections)
     for question in encoded.out_of_scope:
         for _ in range(per_question):
-            own = question.language in collections and random.random() < OWN_LANGUAGE
-            facts, _, vectors = collections[question.language if own else str(random.choice(languages))]
+            language = str(random.choice(languages))
+            if question.language in collections and random.random() < OWN_LANGUAGE:
+                language = question.language
+            facts, _, vectors = collections[language]
             scores = vectors @ question.vector
             if small and random.random() < small:
                 scores[~_sample(len(scores), random)] = -2
