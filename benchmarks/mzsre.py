@@ -38,7 +38,7 @@ class Item(NamedTuple):
 
 def data() -> Path:
     if "POLYHELM_BENCH_DATA" not in os.environ:
-        raise SystemExit("set POLYHELM_BENCH_DATA to the folder that has editing/mzsre in it")
+        raise SystemExit("set POLYHELM_BENCH_DATA to the folder that has editing/mzsre and tasks/xquad in it")
     return Path(os.environ["POLYHELM_BENCH_DATA"])
 
 

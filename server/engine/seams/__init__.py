@@ -11,7 +11,7 @@
 | `core` | `EngineCore.preprocess_add_request`, `Scheduler._free_request` … : hold operands for requests | engine core |
 | `prefix_key` | `generate_block_hash_extra_keys`: tag the blocks that a program touched | engine core |
 | `admission` | `InputProcessor.process_inputs`: refuse programs that can't act on their prompt | API |
-| `waiting` | `SpinCondition.wait`: sleep, on CPUs, where it would spin | engine core, worker |
+| `waiting` | `SpinCondition.wait`: on CPUs, sleep where it would spin | engine core, worker |
 
 That they work, and not only that they are in place, is checked by `probe.py` before the server says it is ready.
 """
